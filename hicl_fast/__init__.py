@@ -1,0 +1,19 @@
+"""Contrastive losses for sentence embeddings as custom kernels."""
+
+from hicl_fast import functional
+from hicl_fast.backend import BackendError, BackendStatus, backends
+from hicl_fast.losses import FusedHiCLLoss, FusedInfoNCELoss, NegativeQueue, SegmentPooling
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "BackendStatus",
+    "FusedHiCLLoss",
+    "FusedInfoNCELoss",
+    "NegativeQueue",
+    "SegmentPooling",
+    "__version__",
+    "backends",
+    "functional",
+]

@@ -1,0 +1,20 @@
+"""The ``torch`` backend: chunks of rows in plain PyTorch. Works on every device, with no compiler.
+
+Extra memory is one chunk of logits and a normalised copy of the inputs.
+"""
+
+from __future__ import annotations
+
+from hicl_fast.backend import chunked_info_nce as info_nce
+from hicl_fast.backend import chunked_segment_pool as segment_pool
+from hicl_fast.backend.registry import BackendStatus
+
+__all__ = ["info_nce", "refusal", "segment_pool", "status"]
+
+
+def status() -> BackendStatus:
+    return BackendStatus("torch", available=True, reason="", detail="chunked PyTorch, every device")
+
+
+def refusal(device_type: str) -> str:
+    return ""

@@ -1,0 +1,100 @@
+"""Which backends exist, which of them does a call, and why not the others."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hicl_fast.ops.problem import Problem
+
+NAMES = ("torch", "cpp", "triton")
+ENVIRONMENT = "HICL_FAST_BACKEND"
+
+# The first available backend that supports the call. cpp beats torch at every size measured on CPUs, and triton beats
+# torch on GPUs: see docs/performance.md for the measurements.
+PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")}
+
+
+class BackendError(RuntimeError):
+    """The backend asked for is not there, or does not do the call."""
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """What :func:`backends` lists."""
+
+    name: str
+    available: bool
+    reason: str  # why it is not available, and what would make it so; empty where it is
+    detail: str  # the compiler's or processor's part in it: "AVX2", "interpreter", ...
+
+
+class Backend(Protocol):
+    """What a module in this package defines."""
+
+    def status(self) -> BackendStatus: ...
+
+    def refusal(self, device_type: str) -> str:
+        """Why tensors on this device can't be taken; empty where they can."""
+
+    info_nce: Any
+    segment_pool: Any
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    if name == "torch":
+        from hicl_fast.backend import chunked as module
+    elif name == "cpp":
+        from hicl_fast.backend import cpp as module  # type: ignore[no-redef]
+    else:
+        from hicl_fast.backend import triton as module  # type: ignore[no-redef]
+    return module
+
+
+@functools.cache
+def _status(name: str) -> BackendStatus:
+    return _module(name).status()
+
+
+def backends() -> list[BackendStatus]:
+    """Every backend: whether it is available, and if not why."""
+    return [_status(name) for name in NAMES]
+
+
+def implementation(operator: str, name: str) -> Any:
+    return getattr(_module(name), operator)
+
+
+def choose(operator: str, asked: str, call: Problem | Tensor) -> str:
+    """The backend for a call: the one asked for, else HICL_FAST_BACKEND's, else the first in PREFERENCE that does it."""
+    if asked == "auto":
+        asked = os.environ.get(ENVIRONMENT, "auto")
+    device_type = (call.query if isinstance(call, Problem) else call).device.type
+    if asked != "auto":
+        if asked not in NAMES:
+            raise BackendError(f"backend: expected 'auto' or one of {', '.join(map(repr, NAMES))}, got {asked!r}")
+        refusal = _refusal(asked, device_type)
+        if refusal:
+            able = [name for name in NAMES if not _refusal(name, device_type)]
+            raise BackendError(f"backend {asked!r} can't run {operator} here: {refusal}. Those that can: {', '.join(able)}")
+        return asked
+    return _preferred(device_type)
+
+
+@functools.cache
+def _preferred(device_type: str) -> str:
+    order = PREFERENCE.get(device_type, ("torch",))
+    return next(name for name in order if not _refusal(name, device_type))
+
+
+@functools.cache
+def _refusal(name: str, device_type: str) -> str:
+    status = _status(name)
+    return status.reason if not status.available else _module(name).refusal(device_type)

@@ -1,0 +1,83 @@
+"""What an InfoNCE call consists of, once its arguments have been checked: the one thing every backend is handed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hicl_fast.reference.info_nce import ANGLE_CLAMP, NORM_FLOOR
+
+__all__ = ["ANGLE_CLAMP", "NORM_FLOOR", "Gradients", "Problem", "RowStatistics", "Wanted"]
+
+
+class Wanted(NamedTuple):
+    """Which inputs need a gradient."""
+
+    query: bool
+    key: bool
+    negatives: bool
+    extra_logits: bool
+    scale: bool
+
+
+class Gradients(NamedTuple):
+    """One gradient per input in the type the sums are kept in; an empty tensor where none was wanted."""
+
+    query: Tensor  # (N, D)
+    key: Tensor  # (M, D)
+    negatives: Tensor  # (P, D)
+    extra_logits: Tensor  # (N, E)
+    scale: Tensor  # ()
+
+
+class RowStatistics(NamedTuple):
+    """What one sweep over the similarities leaves behind for each row."""
+
+    loss: Tensor  # (N,)
+    negative_lse: Tensor  # (N,) log-sum-exp over the row's columns without its positive; −inf where there is none
+    column_lse: Tensor  # (M,) the same for the column loss; empty unless the loss is symmetric
+    positive: Tensor  # (N,) similarity of the positive, before any margin
+    hardest: Tensor  # (N,) largest similarity among the negatives; −inf where there is none
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The columns of a row are, in order: M keys, P explicit negatives, B bank rows, E extra logits."""
+
+    query: Tensor  # (N, D)
+    key: Tensor  # (M, D)
+    scale: Tensor  # () 1 / temperature; on the CPU where its value is known to the host
+    target: Tensor | None  # (N,) int64; None: row i's positive is key i
+    negatives: Tensor | None  # (P, D)
+    bank: Tensor | None  # (B, D)
+    extra_logits: Tensor | None  # (N, E)
+    query_group: Tensor | None  # (N,) int64
+    key_group: Tensor | None  # (M,) int64
+    hard_negative_weight: float  # added to the logit of row i's own negative; 0: no negative is anyone's own
+    same_group: str  # "exclude" | "negative" | "positive"
+    margin: float  # radians
+    symmetric: bool  # only without negatives, bank, extra logits, target and several positives
+    precision: str  # of the products: "float32" | "bf16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type sums, losses and logits are kept in: float64 if an input is float64, else float32."""
+        inputs = (self.query, self.key, self.negatives, self.bank, self.extra_logits)
+        is_double = any(x is not None and x.dtype == torch.float64 for x in inputs)
+        return torch.float64 if is_double else torch.float32
+
+    @property
+    def groups_matter(self) -> bool:
+        return self.query_group is not None and self.same_group != "negative"
+
+    def check_values(self) -> None:
+        """Raise ``ValueError`` for a target out of range. Looks at host memory only: a device is never waited for."""
+        if self.target is not None and self.target.device.type == "cpu" and self.target.numel():
+            low, high = (int(bound) for bound in torch.aminmax(self.target))
+            if low < 0 or high >= self.key.shape[0]:
+                raise ValueError(
+                    f"target: expected indices of keys, 0 to {self.key.shape[0] - 1}, got values from {low} to {high}"
+                )

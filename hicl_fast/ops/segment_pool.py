@@ -1,0 +1,104 @@
+"""``hicl_fast::segment_pool``: schema, fake kernel, autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hicl_fast.backend import registry
+from hicl_fast.ops.autograd import once_differentiable, runs_eagerly, without_autocast
+
+_library = torch.library.Library("hicl_fast", "FRAGMENT")
+_library.define("segment_pool(Tensor segments, Tensor offsets, Tensor? weights, str backend) -> Tensor")
+_library.define(
+    "segment_pool_backward(Tensor segments, Tensor offsets, Tensor? weights, Tensor pooled_grad, bool[] wanted, "
+    "str backend) -> (Tensor segments_grad, Tensor weights_grad)"
+)
+
+
+def apply(segments: Tensor, offsets: Tensor, weights: Tensor | None, backend: str) -> Tensor:  # (B, D)
+    backend = registry.choose("segment_pool", backend, segments)
+    pool = _SegmentPool.apply if runs_eagerly(segments, offsets, weights) else torch.ops.hicl_fast.segment_pool
+    return pool(segments, offsets, weights, backend)
+
+
+def _check_values(segments: Tensor, offsets: Tensor) -> None:
+    """Offsets in host memory must cut the rows into non-empty sequences; a device is never waited for."""
+    if offsets.device.type != "cpu":
+        return
+    first, last, num_segments = int(offsets[0]), int(offsets[-1]), segments.shape[0]
+    if first != 0:
+        raise ValueError(f"offsets: expected to start at 0, got {first}")
+    if last != num_segments:
+        raise ValueError(f"offsets: expected to end at the number of segments, {num_segments}, got {last}")
+    length = offsets.diff()
+    if int(length.min()) < 1:
+        at = int(length.argmin())
+        begin, end = int(offsets[at]), int(offsets[at + 1])
+        what = "is empty" if begin == end else "falls"
+        raise ValueError(f"offsets: expected at least one segment in every sequence; sequence {at} {what}: {begin}:{end}")
+
+
+def _run(segments: Tensor, offsets: Tensor, weights: Tensor | None, backend: str) -> Tensor:
+    _check_values(segments, offsets)
+    with without_autocast(segments.device.type):
+        return registry.implementation("segment_pool", backend).forward(segments, offsets, weights)
+
+
+def _run_backward(
+    segments: Tensor, offsets: Tensor, weights: Tensor | None, pooled_grad: Tensor, wanted: list[bool], backend: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients in the inputs' types; an empty tensor where none was wanted."""
+    with without_autocast(segments.device.type):
+        return registry.implementation("segment_pool", backend).backward(
+            segments, offsets, weights, pooled_grad, wanted
+        )
+
+
+_library.impl("segment_pool", _run, "CompositeExplicitAutograd")
+_library.impl("segment_pool_backward", _run_backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("hicl_fast::segment_pool", lib=_library)
+def _fake(segments: Tensor, offsets: Tensor, weights: Tensor | None, backend: str) -> Tensor:
+    return segments.new_empty(offsets.shape[0] - 1, segments.shape[1])
+
+
+@torch.library.register_fake("hicl_fast::segment_pool_backward", lib=_library)
+def _fake_backward(
+    segments: Tensor, offsets: Tensor, weights: Tensor | None, pooled_grad: Tensor, wanted: list[bool], backend: str
+) -> tuple[Tensor, Tensor]:
+    nothing = segments.new_empty(0)
+    segments_grad = torch.empty_like(segments, memory_format=torch.contiguous_format) if wanted[0] else nothing
+    weights_grad = torch.empty_like(weights) if weights is not None and wanted[1] else nothing.clone()
+    return segments_grad, weights_grad
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    segments, offsets, weights, ctx.backend = inputs
+    ctx.has_weights = weights is not None
+    ctx.save_for_backward(segments, offsets, *([weights] if weights is not None else []))
+
+
+@once_differentiable("segment_pool")
+def _backward(ctx: Any, pooled_grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+    segments, offsets, *rest = ctx.saved_tensors
+    weights = rest[0] if ctx.has_weights else None
+    wanted = [bool(ctx.needs_input_grad[0]), bool(ctx.needs_input_grad[2])]
+    eager = runs_eagerly(segments, offsets, weights)
+    backward = _run_backward if eager else torch.ops.hicl_fast.segment_pool_backward
+    segments_grad, weights_grad = backward(segments, offsets, weights, pooled_grad, wanted, ctx.backend)
+    return segments_grad if wanted[0] else None, None, weights_grad if wanted[1] else None, None
+
+
+torch.library.register_autograd("hicl_fast::segment_pool", _backward, setup_context=_setup, lib=_library)
+
+
+class _SegmentPool(torch.autograd.Function):
+    """``segment_pool`` without the dispatcher."""
+
+    forward = staticmethod(_run)
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(_backward)

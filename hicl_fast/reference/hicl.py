@@ -1,0 +1,44 @@
+"""HiCL's hierarchical loss, as the equations stand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hicl_fast.reference.info_nce import SameGroup, info_nce
+from hicl_fast.reference.segment_pool import segment_pool
+
+
+def hicl_loss(
+    segments: Tensor,  # (S, D)
+    segments_positive: Tensor,  # (S, D)
+    offsets: Tensor | None = None,  # (B + 1,) int64
+    lengths: Tensor | None = None,  # (S,)
+    *,
+    temperature: float | Tensor = 0.05,
+    local_weight: float = 0.3,
+    global_weight: float | None = None,
+    same_sequence: SameGroup = "exclude",
+    pooling: str = "length",
+) -> Tensor:
+    """``local_weight · InfoNCE(segments) + global_weight · InfoNCE(pooled sequences)``; see :class:`hicl_fast.FusedHiCLLoss`."""
+    if offsets is None:
+        return info_nce(segments, segments_positive, temperature=temperature)
+    if global_weight is None:
+        global_weight = 1.0 - local_weight
+    weights = lengths if pooling == "length" else None
+    sequence = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
+    local_loss = info_nce(
+        segments,
+        segments_positive,
+        temperature=temperature,
+        query_group=sequence,
+        key_group=sequence,
+        same_group=same_sequence,
+    )
+    global_loss = info_nce(
+        segment_pool(segments, offsets, weights),
+        segment_pool(segments_positive, offsets, weights),
+        temperature=temperature,
+    )
+    return local_weight * local_loss + global_weight * global_loss
