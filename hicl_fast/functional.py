@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -237,4 +238,10 @@ def _scale(temperature: float | Tensor, query: Tensor) -> Tensor:
             raise ValueError(f"temperature: expected a tensor on {query.device} or cpu, got {check.describe(temperature)}")
         return temperature.to(torch.promote_types(temperature.dtype, torch.float32)).reciprocal()
     check.positive_number("temperature", temperature)
-    return torch.tensor(1.0 / temperature, dtype=torch.float64)
+    return _constant(1.0 / temperature)
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(value: float) -> Tensor:
+    """Kept, since making a tensor of a number takes longer than everything else that is checked here."""
+    return torch.tensor(value, dtype=torch.float64)

@@ -8,11 +8,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
-from hicl_fast.ops.problem import Problem
-
 NAMES = ("torch", "cpp", "triton")
 ENVIRONMENT = "HICL_FAST_BACKEND"
 
@@ -72,14 +67,13 @@ def implementation(operator: str, name: str) -> Any:
     return getattr(_module(name), operator)
 
 
-def choose(operator: str, asked: str, call: Problem | Tensor) -> str:
+def choose(operator: str, asked: str, device_type: str) -> str:
     """The backend for a call: the one asked for, else HICL_FAST_BACKEND's, else the first in PREFERENCE that does it."""
     if asked == "auto":
         asked = os.environ.get(ENVIRONMENT, "auto")
-    device_type = (call.query if isinstance(call, Problem) else call).device.type
     if asked != "auto":
         if asked not in NAMES:
-            raise BackendError(f"backend: expected 'auto' or one of {', '.join(map(repr, NAMES))}, got {asked!r}")
+            raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, NAMES))}, got {asked!r}")
         refusal = _refusal(asked, device_type)
         if refusal:
             able = [name for name in NAMES if not _refusal(name, device_type)]

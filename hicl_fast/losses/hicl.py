@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hicl_fast import _checks as check
 from hicl_fast import functional as HF
-from hicl_fast.losses.info_nce import FusedInfoNCELoss, mean_similarities
+from hicl_fast.losses.info_nce import FusedInfoNCELoss
 from hicl_fast.losses.pooling import Pooling, SegmentPooling
 from hicl_fast.reference.info_nce import SameGroup
 
@@ -63,7 +63,11 @@ class FusedHiCLLoss(nn.Module):
         self.precision, self.backend = precision, backend
         self.pool = SegmentPooling(pooling, backend=backend)
         self.global_loss = FusedInfoNCELoss(temperature, queue_size=queue_size, precision=precision, backend=backend)
-        self.last: dict[str, Tensor] = {}
+        self._parts: dict[str, Tensor] = {}
+
+    @property
+    def last(self) -> dict[str, Tensor]:
+        return {**self.global_loss.last, **self._parts}
 
     def forward(
         self,
@@ -85,7 +89,7 @@ class FusedHiCLLoss(nn.Module):
         """
         if offsets is None:
             loss = self.global_loss(segments, segments_positive)
-            self.last = dict(self.global_loss.last)
+            self._parts = {}
             return loss
         check.floating_matrix("segments_positive", segments_positive, "(S, D)", like=segments)
         if segments_positive.shape != segments.shape:
@@ -108,12 +112,7 @@ class FusedHiCLLoss(nn.Module):
             backend=self.backend,
         )
         loss = self.local_weight * local_loss + self.global_weight * global_loss
-        self.last = {
-            **self.global_loss.last,
-            "loss": loss.detach(),
-            "local": local_loss.detach(),
-            "global": global_loss.detach(),
-        }
+        self._parts = {"loss": loss.detach(), "local": local_loss.detach(), "global": global_loss.detach()}
         return loss
 
     def extra_repr(self) -> str:

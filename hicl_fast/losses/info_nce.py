@@ -10,13 +10,13 @@ from hicl_fast.losses.temperature import Temperature
 from hicl_fast.reference.info_nce import Reduction, SameGroup
 
 
-def mean_similarities(positive: Tensor, hardest: Tensor) -> dict[str, Tensor]:
-    """What a loss logs of its row statistics; rows without a negative don't count towards the second."""
+def mean_of_rows(loss: Tensor, positive: Tensor, hardest: Tensor) -> dict[str, Tensor]:
+    """What a loss logs of its rows (N,); rows without a negative don't count towards the hardest."""
     has_negative = hardest > -float("inf")
-    hardest_sum = hardest.masked_fill(~has_negative, 0.0).sum()
     return {
+        "loss": loss.mean(),
         "positive_similarity": positive.mean(),
-        "hardest_negative_similarity": hardest_sum / has_negative.sum(),
+        "hardest_negative_similarity": hardest.masked_fill(~has_negative, 0.0).sum() / has_negative.sum(),
     }
 
 
@@ -41,8 +41,8 @@ class FusedInfoNCELoss(nn.Module):
         backend: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
 
     Attributes:
-        last: after a call, detached scalars for logging: ``loss`` (the mean over rows), ``positive_similarity``,
-            ``hardest_negative_similarity``.
+        last: after a call, detached scalars for logging: ``loss``, ``positive_similarity``,
+            ``hardest_negative_similarity``. Computed when it is read.
 
     Example:
         >>> loss_fn = FusedInfoNCELoss(temperature=0.05)
@@ -69,7 +69,11 @@ class FusedInfoNCELoss(nn.Module):
         self.hard_negative_weight = hard_negative_weight
         self.queue = NegativeQueue(queue_size) if queue_size else None
         self.reduction, self.precision, self.backend = reduction, precision, backend
-        self.last: dict[str, Tensor] = {}
+        self._rows: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def last(self) -> dict[str, Tensor]:
+        return {} if self._rows is None else mean_of_rows(*self._rows)
 
     def forward(
         self,
@@ -112,7 +116,7 @@ class FusedInfoNCELoss(nn.Module):
         )
         if use_queue and self.queue is not None:
             self.queue.push(key)
-        self.last = {"loss": loss.detach(), **mean_similarities(positive, hardest)}
+        self._rows = (loss.detach(), positive, hardest)
         return loss
 
     def extra_repr(self) -> str:

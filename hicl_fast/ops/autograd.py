@@ -37,9 +37,11 @@ def once_differentiable(operator: str) -> Callable[[Callable[..., Any]], Callabl
 
     def decorate(backward: Callable[..., Sequence[Tensor | None]]) -> Callable[..., Any]:
         def run(ctx: Any, *upstream: Tensor | None) -> Any:
+            if not torch.is_grad_enabled():  # the ordinary backward pass
+                return backward(ctx, *upstream)
             with torch.no_grad():
                 gradients = backward(ctx, *upstream)
-            wants_second = torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in upstream)
+            wants_second = any(g is not None and g.requires_grad for g in upstream)
             if not wants_second or torch.compiler.is_compiling():
                 return gradients
             refuse = torch._C._functions.DelayedError(message.encode(), len(gradients))

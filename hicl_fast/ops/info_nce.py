@@ -11,15 +11,16 @@ one product forward, three backward.
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hicl_fast.backend import registry
 from hicl_fast.ops.autograd import once_differentiable, runs_eagerly, without_autocast
-from hicl_fast.ops.problem import Gradients, Problem, RowStatistics, Wanted
+from hicl_fast.ops.problem import DIFFERENTIABLE, NOTHING, Gradients, Problem, RowStatistics, Wanted
 
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor scale, Tensor? target, Tensor? negatives, Tensor? bank, Tensor? extra_logits, "
@@ -27,12 +28,11 @@ _PROBLEM = (
     "str precision"
 )
 _GRADIENTS = "Tensor query_grad, Tensor key_grad, Tensor negatives_grad, Tensor extra_logits_grad, Tensor scale_grad"
-_NUM_FIELDS = len(fields(Problem))
-_DIFFERENTIABLE = ("query", "key", "negatives", "extra_logits", "scale")
+_FIELDS = [field.name for field in fields(Problem)]
 
 _library = torch.library.Library("hicl_fast", "FRAGMENT")
 _library.define(
-    f"info_nce_mean({_PROBLEM}, float row_weight, bool[] wanted, str backend) "
+    f"info_nce_mean({_PROBLEM}, str reduction, bool[] wanted, str backend) "
     f"-> (Tensor loss, Tensor positive, Tensor hardest, {_GRADIENTS})"
 )
 _library.define(
@@ -49,23 +49,26 @@ def apply(problem: Problem, reduction: str, backend: str) -> tuple[Tensor, Tenso
     """Loss (reduced), and the similarities of each row's positive and hardest negative, (N,) each, detached."""
     if problem.symmetric and not _one_sweep_covers_both_directions(problem):
         return _average_of_directions(problem, reduction, backend)
-    backend = registry.choose("info_nce", backend, problem)
-    wanted = _wanted(problem)
-    args = _flat(problem)
-    eager = runs_eagerly(problem.query, problem.key, problem.negatives, problem.extra_logits, problem.scale)
+    backend = registry.choose("info_nce", backend, problem.query.device.type)
+    inputs = problem.differentiable()
+    wanted = _wanted(inputs)
+    if not runs_eagerly(*inputs):
+        return _apply_traced(problem, reduction, wanted, backend)
     if reduction == "none":
-        rows = _Rows.apply if eager else torch.ops.hicl_fast.info_nce_rows
-        loss, positive, hardest, *_ = rows(*args, backend)
-        return loss, positive, hardest
-    row_weight = 1.0 / problem.query.shape[0] if reduction == "mean" else 1.0
-    if not eager:
-        mean = torch.ops.hicl_fast.info_nce_mean
+        loss, positive, hardest, *_ = _Rows.apply(problem, backend, *inputs)
     elif any(wanted):
-        mean = _Mean.apply
+        loss, positive, hardest = _Mean.apply(problem, reduction, wanted, backend, *inputs)
     else:
-        mean = _run_mean
-    loss, positive, hardest, *_ = mean(*args, row_weight, list(wanted), backend)
+        loss, positive, hardest, *_ = _sweep(problem, reduction, wanted, backend)
     return loss, positive, hardest
+
+
+def _apply_traced(problem: Problem, reduction: str, wanted: Wanted, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    if reduction == "none":
+        outputs = torch.ops.hicl_fast.info_nce_rows(*_flat(problem), backend)
+    else:
+        outputs = torch.ops.hicl_fast.info_nce_mean(*_flat(problem), reduction, list(wanted), backend)
+    return outputs[0], outputs[1], outputs[2]
 
 
 def _one_sweep_covers_both_directions(problem: Problem) -> bool:
@@ -75,8 +78,6 @@ def _one_sweep_covers_both_directions(problem: Problem) -> bool:
 
 
 def _average_of_directions(problem: Problem, reduction: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    from dataclasses import replace
-
     forward = replace(problem, symmetric=False)
     exchanged = replace(
         forward,
@@ -90,48 +91,56 @@ def _average_of_directions(problem: Problem, reduction: str, backend: str) -> tu
     return (row_loss + column_loss) / 2, positive, hardest
 
 
-def _wanted(problem: Problem) -> Wanted:
-    grad_mode = torch.is_grad_enabled()
-    inputs = (getattr(problem, name) for name in _DIFFERENTIABLE)
-    return Wanted(*(grad_mode and x is not None and x.requires_grad for x in inputs))
+def _wanted(inputs: tuple[Tensor | None, ...]) -> Wanted:
+    if not torch.is_grad_enabled():
+        return NOTHING
+    return Wanted(*(x is not None and x.requires_grad for x in inputs))
 
 
 def _flat(problem: Problem) -> list[Any]:
-    return [getattr(problem, field.name) for field in fields(Problem)]
+    return [getattr(problem, name) for name in _FIELDS]
 
 
 # --- what the operators do -------------------------------------------------------------------------------------------
 
 
-def _run_mean(*args: Any) -> tuple[Tensor, ...]:
-    *flat, row_weight, wanted, backend = args
-    problem = Problem(*flat)
+def _sweep(problem: Problem, reduction: str, wanted: Wanted, backend: str) -> tuple[Tensor, ...]:
+    problem.check_values()
+    row_weight = 1.0 / problem.query.shape[0] if reduction == "mean" else 1.0
+    with without_autocast(problem.query.device.type):
+        statistics, gradients = registry.implementation("info_nce", backend).forward(problem, row_weight, wanted)
+        loss = statistics.loss.sum() * row_weight if statistics.total is None else statistics.total
+    return loss, statistics.positive, statistics.hardest, *gradients
+
+
+def _sweep_rows(problem: Problem, backend: str) -> tuple[Tensor, ...]:
     problem.check_values()
     with without_autocast(problem.query.device.type):
-        statistics, gradients = registry.implementation("info_nce", backend).forward(
-            problem, row_weight, Wanted(*wanted)
-        )
-        loss = statistics.loss.sum() * row_weight
-    return loss, statistics.positive, statistics.hardest, *gradients
+        statistics, _ = registry.implementation("info_nce", backend).forward(problem, 1.0, NOTHING)
+    return statistics.loss, statistics.positive, statistics.hardest, statistics.negative_lse, statistics.column_lse
+
+
+def _sweep_rows_backward(
+    problem: Problem, negative_lse: Tensor, column_lse: Tensor, loss_grad: Tensor, wanted: Wanted, backend: str
+) -> Gradients:
+    with without_autocast(problem.query.device.type):
+        implementation = registry.implementation("info_nce", backend)
+        return implementation.backward(problem, negative_lse, column_lse, loss_grad, wanted)
+
+
+def _run_mean(*args: Any) -> tuple[Tensor, ...]:
+    *flat, reduction, wanted, backend = args
+    return _sweep(Problem(*flat), reduction, Wanted(*wanted), backend)
 
 
 def _run_rows(*args: Any) -> tuple[Tensor, ...]:
     *flat, backend = args
-    problem = Problem(*flat)
-    problem.check_values()
-    nothing = Wanted(False, False, False, False, False)
-    with without_autocast(problem.query.device.type):
-        statistics, _ = registry.implementation("info_nce", backend).forward(problem, 1.0, nothing)
-    return statistics.loss, statistics.positive, statistics.hardest, statistics.negative_lse, statistics.column_lse
+    return _sweep_rows(Problem(*flat), backend)
 
 
 def _run_rows_backward(*args: Any) -> tuple[Tensor, ...]:
     *flat, negative_lse, column_lse, loss_grad, wanted, backend = args
-    problem = Problem(*flat)
-    with without_autocast(problem.query.device.type):
-        return tuple(
-            registry.implementation("info_nce", backend).backward(problem, negative_lse, column_lse, loss_grad, Wanted(*wanted))
-        )
+    return tuple(_sweep_rows_backward(Problem(*flat), negative_lse, column_lse, loss_grad, Wanted(*wanted), backend))
 
 
 for _name, _run in (
@@ -158,7 +167,7 @@ def _fake_gradients(problem: Problem, wanted: Wanted) -> Gradients:
         value = getattr(problem, name)
         return problem.query.new_empty(value.shape if is_wanted else (0,), dtype=problem.dtype)
 
-    return Gradients(*(like(name, flag) for name, flag in zip(_DIFFERENTIABLE, wanted, strict=True)))
+    return Gradients(*(like(name, flag) for name, flag in zip(DIFFERENTIABLE, wanted, strict=True)))
 
 
 @torch.library.register_fake("hicl_fast::info_nce_mean", lib=_library)
@@ -172,7 +181,7 @@ def _fake_mean(*args: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("hicl_fast::info_nce_rows", lib=_library)
 def _fake_rows(*args: Any) -> tuple[Tensor, ...]:
-    statistics = _fake_statistics(Problem(*args[:_NUM_FIELDS]))
+    statistics = _fake_statistics(Problem(*args[: len(_FIELDS)]))
     return statistics.loss, statistics.positive, statistics.hardest, statistics.negative_lse, statistics.column_lse
 
 
@@ -183,86 +192,149 @@ def _fake_rows_backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 # --- autograd --------------------------------------------------------------------------------------------------------
+#
+# Twice over the same few functions: for the registered operators, whose arguments are flat, and for eager calls, which
+# step over the dispatcher and hand the problem through as it is.
 
 
-def _place(gradients: tuple[Tensor, ...], types: tuple[Any, ...], num_args: int) -> tuple[Tensor | None, ...]:
-    """Gradients in the inputs' types and devices, at the inputs' positions among an operator's arguments."""
-    by_name = {
-        name: gradient.to(device=where[1], dtype=where[0])
-        for name, gradient, where in zip(_DIFFERENTIABLE, gradients, types, strict=True)
-        if where is not None
-    }
-    placed = [by_name.get(field.name) for field in fields(Problem)]
-    return tuple(placed + [None] * (num_args - len(placed)))
+class _Destination(NamedTuple):
+    """Where a gradient goes."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def take(self, gradient: Tensor) -> Tensor:
+        if gradient.dtype == self.dtype and gradient.device == self.device:
+            return gradient
+        return gradient.to(device=self.device, dtype=self.dtype)
 
 
-def _types(problem: Problem, wanted: tuple[bool, ...]) -> tuple[Any, ...]:
-    inputs = (getattr(problem, name) for name in _DIFFERENTIABLE)
-    return tuple((x.dtype, x.device) if flag else None for x, flag in zip(inputs, wanted, strict=True))
+def _destinations(inputs: Iterable[Tensor | None], wanted: Iterable[bool]) -> list[_Destination | None]:
+    return [
+        _Destination(x.dtype, x.device) if x is not None and is_wanted else None
+        for x, is_wanted in zip(inputs, wanted, strict=True)
+    ]
 
 
-def _setup_mean(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *flat, _, wanted, _ = inputs
-    ctx.types = _types(Problem(*flat), wanted)
-    ctx.save_for_backward(*output[3:])
-    ctx.mark_non_differentiable(*output[1:])
+def _save_gradients(ctx: Any, inputs: Iterable[Tensor | None], wanted: Wanted, gradients: Iterable[Tensor]) -> None:
+    ctx.destinations = _destinations(inputs, wanted)
+    ctx.save_for_backward(*gradients)
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable("info_nce")
-def _backward_mean(ctx: Any, loss_grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    num_args = _NUM_FIELDS + 3
+def _saved_gradients(ctx: Any, loss_grad: Tensor | None) -> list[Tensor | None]:
+    """The saved gradients times the upstream one: kept in the type of the sums until here, so that a scaled float16
+    loss doesn't underflow."""
     if loss_grad is None:
-        return (None,) * num_args
-    gradients = tuple(g * loss_grad.to(g.device) if g.numel() else g for g in ctx.saved_tensors)
-    return _place(gradients, ctx.types, num_args)
+        return [None] * len(ctx.destinations)
+    gradients: Iterable[Tensor] = ctx.saved_tensors
+    if not _is_one(loss_grad):
+        gradients = (gradient * loss_grad.to(gradient.device) for gradient in gradients)
+    return [
+        None if destination is None else destination.take(gradient)
+        for gradient, destination in zip(gradients, ctx.destinations, strict=True)
+    ]
 
 
-def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *flat, ctx.backend = inputs
-    is_tensor = [isinstance(x, Tensor) for x in flat]
-    ctx.save_for_backward(*output[3:], *(x for x in flat if isinstance(x, Tensor)))
-    ctx.flat = [None if tensor else x for x, tensor in zip(flat, is_tensor, strict=True)]
-    ctx.is_tensor = is_tensor
-    ctx.mark_non_differentiable(*output[1:])
+def _is_one(loss_grad: Tensor) -> bool:
+    """Whether this is a plain ``loss.backward()``; only host memory is looked at.
+
+    What was saved can then be handed out: autograd drops its own reference first, or copies where the graph is kept.
+    """
+    return type(loss_grad) is Tensor and loss_grad.device.type == "cpu" and loss_grad.item() == 1.0
+
+
+def _save_rows(ctx: Any, problem: Problem, backend: str, outputs: tuple[Tensor, ...]) -> None:
+    flat = _flat(problem)
+    ctx.backend = backend
+    ctx.constants = [None if isinstance(x, Tensor) else x for x in flat]
+    ctx.is_tensor = [isinstance(x, Tensor) for x in flat]
+    ctx.save_for_backward(*outputs[3:], *(x for x in flat if isinstance(x, Tensor)))
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable("info_nce")
-def _backward_rows(ctx: Any, loss_grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    num_args = _NUM_FIELDS + 1
+def _row_gradients(ctx: Any, loss_grad: Tensor | None, needs_grad: Iterable[bool]) -> list[Tensor | None]:
+    wanted = Wanted(*needs_grad)
     if loss_grad is None:
-        return (None,) * num_args
-    negative_lse, column_lse, *tensors = ctx.saved_tensors
-    remaining = iter(tensors)
-    flat = [next(remaining) if tensor else x for x, tensor in zip(ctx.flat, ctx.is_tensor, strict=True)]
+        return [None] * len(wanted)
+    negative_lse, column_lse, *saved = ctx.saved_tensors
+    tensors = iter(saved)
+    flat = [next(tensors) if tensor else x for x, tensor in zip(ctx.constants, ctx.is_tensor, strict=True)]
     problem = Problem(*flat)
-    position = {field.name: i for i, field in enumerate(fields(Problem))}
-    wanted = tuple(bool(ctx.needs_input_grad[position[name]]) for name in _DIFFERENTIABLE)
-    backward = _run_rows_backward if runs_eagerly(*tensors) else torch.ops.hicl_fast.info_nce_rows_backward
-    gradients = backward(*flat, negative_lse, column_lse, loss_grad, list(wanted), ctx.backend)
-    return _place(tuple(gradients), _types(problem, wanted), num_args)
-
-
-torch.library.register_autograd(
-    "hicl_fast::info_nce_mean", _backward_mean, setup_context=_setup_mean, lib=_library
-)
-torch.library.register_autograd(
-    "hicl_fast::info_nce_rows", _backward_rows, setup_context=_setup_rows, lib=_library
-)
+    if runs_eagerly(*saved):
+        gradients = _sweep_rows_backward(problem, negative_lse, column_lse, loss_grad, wanted, ctx.backend)
+    else:
+        gradients = torch.ops.hicl_fast.info_nce_rows_backward(
+            *flat, negative_lse, column_lse, loss_grad, list(wanted), ctx.backend
+        )
+    destinations = _destinations(problem.differentiable(), wanted)
+    return [None if to is None else to.take(gradient) for gradient, to in zip(gradients, destinations, strict=True)]
 
 
 class _Mean(torch.autograd.Function):
     """``info_nce_mean`` without the dispatcher."""
 
-    forward = staticmethod(_run_mean)
-    setup_context = staticmethod(_setup_mean)
-    backward = staticmethod(_backward_mean)
+    @staticmethod
+    def forward(
+        ctx: Any, problem: Problem, reduction: str, wanted: Wanted, backend: str, *inputs: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        loss, positive, hardest, *gradients = _sweep(problem, reduction, wanted, backend)
+        _save_gradients(ctx, inputs, wanted, gradients)
+        ctx.mark_non_differentiable(positive, hardest)
+        return loss, positive, hardest
+
+    @staticmethod
+    @once_differentiable("info_nce")
+    def backward(ctx: Any, loss_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return (None, None, None, None, *_saved_gradients(ctx, loss_grad))
 
 
 class _Rows(torch.autograd.Function):
     """``info_nce_rows`` without the dispatcher."""
 
-    forward = staticmethod(_run_rows)
-    setup_context = staticmethod(_setup_rows)
-    backward = staticmethod(_backward_rows)
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, backend: str, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        outputs = _sweep_rows(problem, backend)
+        _save_rows(ctx, problem, backend, outputs)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @once_differentiable("info_nce")
+    def backward(ctx: Any, loss_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return (None, None, *_row_gradients(ctx, loss_grad, ctx.needs_input_grad[2:]))
+
+
+def _among_arguments(gradients: Iterable[Tensor | None], num_arguments: int) -> tuple[Tensor | None, ...]:
+    """The gradients at their inputs' places among a registered operator's arguments."""
+    placed: list[Tensor | None] = [None] * num_arguments
+    for name, gradient in zip(DIFFERENTIABLE, gradients, strict=True):
+        placed[_FIELDS.index(name)] = gradient
+    return tuple(placed)
+
+
+def _setup_mean(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *flat, _, wanted, _ = inputs
+    _save_gradients(ctx, Problem(*flat).differentiable(), Wanted(*wanted), output[3:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+@once_differentiable("info_nce")
+def _backward_mean(ctx: Any, loss_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    return _among_arguments(_saved_gradients(ctx, loss_grad), len(_FIELDS) + 3)
+
+
+def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *flat, backend = inputs
+    _save_rows(ctx, Problem(*flat), backend, output)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+@once_differentiable("info_nce")
+def _backward_rows(ctx: Any, loss_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    needs_grad = [ctx.needs_input_grad[_FIELDS.index(name)] for name in DIFFERENTIABLE]
+    return _among_arguments(_row_gradients(ctx, loss_grad, needs_grad), len(_FIELDS) + 1)
+
+
+torch.library.register_autograd("hicl_fast::info_nce_mean", _backward_mean, setup_context=_setup_mean, lib=_library)
+torch.library.register_autograd("hicl_fast::info_nce_rows", _backward_rows, setup_context=_setup_rows, lib=_library)

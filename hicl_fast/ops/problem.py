@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hicl_fast.reference.info_nce import ANGLE_CLAMP, NORM_FLOOR
 
-__all__ = ["ANGLE_CLAMP", "NORM_FLOOR", "Gradients", "Problem", "RowStatistics", "Wanted"]
+__all__ = ["ANGLE_CLAMP", "DIFFERENTIABLE", "NORM_FLOOR", "NOTHING", "Gradients", "Problem", "RowStatistics", "Wanted"]
 
 
 class Wanted(NamedTuple):
@@ -21,6 +21,10 @@ class Wanted(NamedTuple):
     negatives: bool
     extra_logits: bool
     scale: bool
+
+
+NOTHING = Wanted(False, False, False, False, False)
+DIFFERENTIABLE = Wanted._fields
 
 
 class Gradients(NamedTuple):
@@ -41,9 +45,10 @@ class RowStatistics(NamedTuple):
     column_lse: Tensor  # (M,) the same for the column loss; empty unless the loss is symmetric
     positive: Tensor  # (N,) similarity of the positive, before any margin
     hardest: Tensor  # (N,) largest similarity among the negatives; −inf where there is none
+    total: Tensor | None = None  # () row_weight · Σ loss, where the backend has it at hand
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Problem:
     """The columns of a row are, in order: M keys, P explicit negatives, B bank rows, E extra logits."""
 
@@ -69,12 +74,17 @@ class Problem:
         is_double = any(x is not None and x.dtype == torch.float64 for x in inputs)
         return torch.float64 if is_double else torch.float32
 
-    @property
-    def groups_matter(self) -> bool:
-        return self.query_group is not None and self.same_group != "negative"
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """The inputs that can have gradients, in the order of :class:`Wanted` and :class:`Gradients`."""
+        return self.query, self.key, self.negatives, self.extra_logits, self.scale
 
     def check_values(self) -> None:
-        """Raise ``ValueError`` for a target out of range. Looks at host memory only: a device is never waited for."""
+        """Raise ``ValueError`` for a target or temperature out of range.
+
+        Looks at host memory only: a device is never waited for.
+        """
+        if self.scale.device.type == "cpu" and not (scale := float(self.scale)) > 0:
+            raise ValueError(f"temperature: expected a number above 0, got {1.0 / scale if scale else 0.0!r}")
         if self.target is not None and self.target.device.type == "cpu" and self.target.numel():
             low, high = (int(bound) for bound in torch.aminmax(self.target))
             if low < 0 or high >= self.key.shape[0]:

@@ -19,9 +19,10 @@ _library.define(
 
 
 def apply(segments: Tensor, offsets: Tensor, weights: Tensor | None, backend: str) -> Tensor:  # (B, D)
-    backend = registry.choose("segment_pool", backend, segments)
-    pool = _SegmentPool.apply if runs_eagerly(segments, offsets, weights) else torch.ops.hicl_fast.segment_pool
-    return pool(segments, offsets, weights, backend)
+    backend = registry.choose("segment_pool", backend, segments.device.type)
+    if not runs_eagerly(segments, offsets, weights):
+        return torch.ops.hicl_fast.segment_pool(segments, offsets, weights, backend)
+    return _SegmentPool.apply(segments, offsets, weights, backend)
 
 
 def _check_values(segments: Tensor, offsets: Tensor) -> None:
@@ -99,6 +100,10 @@ torch.library.register_autograd("hicl_fast::segment_pool", _backward, setup_cont
 class _SegmentPool(torch.autograd.Function):
     """``segment_pool`` without the dispatcher."""
 
-    forward = staticmethod(_run)
-    setup_context = staticmethod(_setup)
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        pooled = _run(*inputs)
+        _setup(ctx, inputs, pooled)
+        return pooled
+
     backward = staticmethod(_backward)

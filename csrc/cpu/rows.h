@@ -1,0 +1,54 @@
+// Arithmetic on single rows, compiled once per instruction set and chosen at run time.
+#pragma once
+#include <cstdint>
+
+namespace hicl {
+
+template <typename T>
+struct RowKernels {
+  // Σ a_d b_d
+  T (*dot)(const T* a, const T* b, int64_t d);
+  // out_d = x_d · factor
+  void (*scale)(const T* x, T factor, T* out, int64_t d);
+  // y_d += factor · x_d
+  void (*add_scaled)(const T* x, T factor, T* y, int64_t d);
+  // gradient_d = (gradient_d + a · x_d + b · y_d) · factor
+  void (*combine)(T* gradient, T a, const T* x, T b, const T* y, T factor, int64_t d);
+  // row_j *= column_scale_j · factor; returns the largest
+  T (*to_logits)(T* row, const T* column_scale, T factor, int64_t n);
+  // row_j = e^(row_j − offset); returns Σ_j row_j
+  T (*exp_in_place)(T* row, T offset, int64_t n);
+  // The same, and Σ_j row_j · (logit_j − offset), without which no temperature gradient
+  T (*exp_in_place_with_moment)(T* row, T offset, int64_t n, T* moment);
+  // Σ_j e^(row_j − offset), the row left as it is
+  T (*exp_sum)(const T* row, T offset, int64_t n);
+  // row_j *= column_scale_j · factor
+  void (*weigh)(T* row, const T* column_scale, T factor, int64_t n);
+  // Down the columns, one row at a time: best_j = max(best_j, row_j), then total_j += e^(row_j − best_j)
+  void (*column_max)(const T* row, T* best, int64_t n);
+  void (*column_exp_sum)(const T* row, const T* best, T* total, int64_t n);
+  // row_j = (row_weight · e^(row_j − row_lse) + column_weight_j · e^(row_j − column_lse_j)) · column_scale_j · factor
+  // Returns Σ_j row_j · logit_j as it is before the last two factors
+  T (*symmetric_weigh)(T* row, T row_lse, T row_weight, const T* column_lse, const T* column_weight,
+                       const T* column_scale, T factor, int64_t n);
+};
+
+// The widest instruction set that was compiled in and that the processor has; HICL_FAST_CPU forces a narrower one.
+template <typename T>
+const RowKernels<T>& row_kernels();
+const char* cpu_capability();
+
+namespace plain {
+extern const RowKernels<float> kFloat;
+extern const RowKernels<double> kDouble;
+}  // namespace plain
+namespace avx2 {
+extern const RowKernels<float> kFloat;
+extern const RowKernels<double> kDouble;
+}  // namespace avx2
+namespace avx512 {
+extern const RowKernels<float> kFloat;
+extern const RowKernels<double> kDouble;
+}  // namespace avx512
+
+}  // namespace hicl

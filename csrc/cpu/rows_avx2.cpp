@@ -1,0 +1,2 @@
+#define HICL_ISA avx2
+#include "rows_impl.h"

@@ -1,0 +1,2 @@
+#define HICL_ISA avx512
+#include "rows_impl.h"

@@ -1,0 +1,2 @@
+#define HICL_ISA plain
+#include "rows_impl.h"

@@ -1,0 +1,155 @@
+// The row kernels themselves. Included once per instruction set, with HICL_ISA naming it.
+#pragma once
+#include "rows.h"
+#include "vec.h"
+
+namespace hicl {
+namespace HICL_ISA {
+namespace {
+
+constexpr float kNothing = -__builtin_huge_valf();
+
+template <typename T>
+T dot(const T* a, const T* b, int64_t d) {
+  constexpr int W = kWidth<T>;
+  Vec<T> even{}, odd{};  // two sums in flight: one addition waits for the one before
+  int64_t i = 0;
+  for (; i + 2 * W <= d; i += 2 * W) {
+    even += load(a + i) * load(b + i);
+    odd += load(a + i + W) * load(b + i + W);
+  }
+  for (; i + W <= d; i += W) even += load(a + i) * load(b + i);
+  if (i < d) odd += load_head(a + i, d - i, T(0)) * load_head(b + i, d - i, T(0));
+  return sum<T>(even + odd);
+}
+
+// Applies `f` to a row in vectors; the last, partial one is padded with `fill`.
+template <typename T, typename F>
+inline void update(T* row, int64_t n, T fill, F f) {
+  constexpr int W = kWidth<T>;
+  int64_t j = 0;
+  for (; j + W <= n; j += W) store(row + j, f(load(row + j), j, int64_t(W)));
+  if (j < n) store_head(row + j, f(load_head(row + j, n - j, fill), j, n - j), n - j);
+}
+template <typename T>
+inline Vec<T> part(const T* p, int64_t j, int64_t n) {
+  return n == kWidth<T> ? load(p + j) : load_head(p + j, n, T(0));
+}
+
+template <typename T>
+void scale(const T* x, T factor, T* out, int64_t d) {
+  update(out, d, T(0), [=](Vec<T>, int64_t j, int64_t n) { return part(x, j, n) * factor; });
+}
+
+template <typename T>
+void add_scaled(const T* x, T factor, T* y, int64_t d) {
+  update(y, d, T(0), [=](Vec<T> v, int64_t j, int64_t n) { return v + part(x, j, n) * factor; });
+}
+
+template <typename T>
+void combine(T* gradient, T a, const T* x, T b, const T* y, T factor, int64_t d) {
+  update(gradient, d, T(0), [=](Vec<T> g, int64_t j, int64_t n) {
+    return (g + part(x, j, n) * a + part(y, j, n) * b) * factor;
+  });
+}
+
+template <typename T>
+T to_logits(T* row, const T* column_scale, T factor, int64_t n) {
+  Vec<T> best = splat(T(kNothing));
+  update(row, n, T(0), [&](Vec<T> v, int64_t j, int64_t m) {
+    const Vec<T> logit = v * (part(column_scale, j, m) * factor);
+    if (m == kWidth<T>) {
+      best = larger<T>(best, logit);
+    } else {
+      for (int64_t i = 0; i < m; ++i) best[0] = logit[i] > best[0] ? logit[i] : best[0];
+    }
+    return logit;
+  });
+  return largest<T>(best);
+}
+
+template <typename T>
+T exp_in_place(T* row, T offset, int64_t n) {
+  Vec<T> total{};
+  update(row, n, T(kNothing), [&](Vec<T> v, int64_t, int64_t) {
+    const Vec<T> e = exp<T>(v - offset);
+    total += e;
+    return e;
+  });
+  return sum<T>(total);
+}
+
+template <typename T>
+T exp_in_place_with_moment(T* row, T offset, int64_t n, T* moment) {
+  Vec<T> total{}, weighted{};
+  update(row, n, T(kNothing), [&](Vec<T> v, int64_t, int64_t) {
+    const Vec<T> x = v - offset;
+    const Vec<T> e = exp<T>(x);
+    total += e;
+    weighted += e == T(0) ? e : e * x;  // 0 · −inf has no place in the sum
+    return e;
+  });
+  *moment = sum<T>(weighted);
+  return sum<T>(total);
+}
+
+template <typename T>
+T exp_sum(const T* row, T offset, int64_t n) {
+  constexpr int W = kWidth<T>;
+  Vec<T> total{};
+  int64_t j = 0;
+  for (; j + W <= n; j += W) total += exp<T>(load(row + j) - offset);
+  if (j < n) total += exp<T>(load_head(row + j, n - j, T(kNothing)) - offset);
+  return sum<T>(total);
+}
+
+template <typename T>
+void weigh(T* row, const T* column_scale, T factor, int64_t n) {
+  update(row, n, T(0), [=](Vec<T> v, int64_t j, int64_t m) { return v * (part(column_scale, j, m) * factor); });
+}
+
+template <typename T>
+void column_max(const T* row, T* best, int64_t n) {
+  update(best, n, T(0), [=](Vec<T> v, int64_t j, int64_t m) { return larger<T>(v, part(row, j, m)); });
+}
+
+template <typename T>
+void column_exp_sum(const T* row, const T* best, T* total, int64_t n) {
+  update(total, n, T(0), [=](Vec<T> v, int64_t j, int64_t m) {
+    const Vec<T> logit = part(row, j, m);
+    // A column that is left out everywhere has no maximum to subtract.
+    return v + (logit == T(kNothing) ? Vec<T>{} : exp<T>(logit - part(best, j, m)));
+  });
+}
+
+template <typename T>
+T symmetric_weigh(T* row, T row_lse, T row_weight, const T* column_lse, const T* column_weight, const T* column_scale,
+                  T factor, int64_t n) {
+  Vec<T> moment{};
+  update(row, n, T(kNothing), [&](Vec<T> v, int64_t j, int64_t m) {
+    const Vec<T> by_row = exp<T>(v - row_lse) * row_weight;
+    const Vec<T> by_column = exp<T>(v - part(column_lse, j, m)) * part(column_weight, j, m);
+    const Vec<T> slope = by_row + by_column;
+    moment += slope == T(0) ? slope : slope * v;
+    return slope * (part(column_scale, j, m) * factor);
+  });
+  return sum<T>(moment);
+}
+
+template <typename T>
+constexpr RowKernels<T> table() {
+  return {dot<T>,          scale<T>,
+          add_scaled<T>,   combine<T>,
+          to_logits<T>,    exp_in_place<T>,
+          exp_in_place_with_moment<T>, exp_sum<T>,
+          weigh<T>,        column_max<T>,
+          column_exp_sum<T>, symmetric_weigh<T>};
+}
+
+}  // namespace
+
+extern const RowKernels<float> kFloat = table<float>();
+extern const RowKernels<double> kDouble = table<double>();
+
+}  // namespace HICL_ISA
+}  // namespace hicl

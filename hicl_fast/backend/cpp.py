@@ -1,0 +1,27 @@
+"""The ``cpp`` backend: csrc/cpu, for tensors in host memory."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from hicl_fast.backend import cpp_info_nce as info_nce
+from hicl_fast.backend import cpp_segment_pool as segment_pool
+from hicl_fast.backend.registry import BackendStatus
+
+__all__ = ["info_nce", "refusal", "segment_pool", "status"]
+
+
+def status() -> BackendStatus:
+    try:
+        importlib.import_module("hicl_fast._C")  # registers torch.ops.hicl_fast_cpp
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError)
+        what = "the C++ extension was not built" if missing else f"the C++ extension doesn't load: {error}"
+        return BackendStatus("cpp", False, f"{what}; install a C++ compiler and reinstall hicl_fast", "")
+    return BackendStatus("cpp", True, "", f"row kernels for {torch.ops.hicl_fast_cpp.capability()}")
+
+
+def refusal(device_type: str) -> str:
+    return "" if device_type == "cpu" else f"it takes tensors on the CPU, got {device_type}"
