@@ -2,8 +2,9 @@
 //
 // A block's logits (R, C), every column of R rows, are the largest thing there is. For each block: one product gives
 // the raw similarities; each row, in cache, goes from similarities to softmax to ∂loss/∂similarity; two products add to
-// the gradients. That is 6 N C D operations, three matrix products, and a few passes over R × C elements in cache.
-// Inputs are never copied into normalised form: their factors 1/‖x‖ go into the logits and into ∂loss/∂similarity.
+// the gradients. That is 6 N C D operations, three matrix products, and two passes over R × C elements in cache.
+// Inputs are never copied into normalised form: the keys' factors 1/‖k‖ go into the logits and into ∂loss/∂similarity;
+// a row's weight · probability factor goes into the small operand of the products, not over its C elements.
 //
 // The symmetric loss must see every row of a column before the column's softmax is known: it sweeps twice, 8 N C D,
 // unless one block holds everything.
@@ -104,9 +105,11 @@ class Sweep {
   void run() {
     const int64_t n = query_.rows, block = block_rows();
     num_columns_ = num_similarities_ + num_extra_;
+    column_factor_.resize(num_columns_, T(1));
     logits_.reset(new T[block * num_columns_]);  // not a vector: nothing needs to be set to zero
     unit_block_.reset(new T[block * query_.columns]);
-    positive_weight_.resize(block);
+    row_factor_.resize(block);
+    positive_entry_.resize(block);
     moment_.assign(n, 0.0);
     if (rules_.symmetric) prepare_both_directions();
 
@@ -143,12 +146,17 @@ class Sweep {
     });
   }
 
+  template <typename F>
+  void each_block_row(int64_t count, F f) {
+    torch::stable::parallel_for(0, count, rows_per_thread(query_.columns), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) f(r, unit_block_.get() + r * query_.columns);
+    });
+  }
+
   // logits(r) = q̂_i · k_j for the block's rows and all columns that are similarities
   void similarities(int64_t first, int64_t count) {
-    torch::stable::parallel_for(0, count, rows_per_thread(query_.columns), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r)
-        k_.scale(unit_query_.row(first + r), unit_query_.factor(first + r), unit_block_.get() + r * query_.columns,
-                 query_.columns);
+    each_block_row(count, [&](int64_t r, T* unit_query) {
+      k_.scale(unit_query_.row(first + r), unit_query_.factor(first + r), unit_query, query_.columns);
     });
     for (const Segment<T>& s : segments_) {
       if (s.unit.count() == 0) continue;
@@ -231,79 +239,87 @@ class Sweep {
     }
 
     T moment = 0;
-    const double similar = wanted_.scale ? k_.exp_in_place_with_moment(row, best, num_similarities_, &moment)
-                                         : k_.exp_in_place(row, best, num_similarities_);
-    const double beyond = num_extra_ ? double(k_.exp_in_place(extra, best, num_extra_)) : 0.0;
+    const T* factors = column_factor_.data();
+    const double similar = wanted_.scale
+                               ? k_.exp_in_place_with_moment(row, factors, best, num_similarities_, &moment)
+                               : k_.exp_in_place(row, factors, best, num_similarities_);
+    const double beyond = num_extra_ ? double(k_.exp_in_place(extra, factors + num_similarities_, best, num_extra_)) : 0.0;
     const double own = std::exp(double(apart.own_logit) - double(best));
     const double negative_lse = double(best) + std::log(similar + beyond + own);
     out_.negative_lse[i] = T(negative_lse);
     out_.loss[i] = T(log1p_exp(negative_lse - positive.logit) + apart.shift(positive));
     if (!wanted_.any()) return;
 
+    // The row now holds e^(ℓ − best) · ‖k‖⁻¹; `factor` times that is weight · probability · ‖k‖⁻¹.
     const double lse = logaddexp(negative_lse, positive.logit), weight = row_weight(i);
-    const double share = 1.0 / double(1 + apart.positives.size());
-    const double factor = weight * std::exp(double(best) - lse);  // from e^(ℓ − best) to weight · p
-    const double positive_weight = weight * ((1 - share) - std::exp(negative_lse - lse));
-    positive_weight_[r] = positive_weight * positive.slope * rules_.scale;
+    const double share = 1.0 / double(1 + apart.positives.size()), to_probability = std::exp(double(best) - lse);
+    const double factor = weight * to_probability;
+    row_factor_[r] = T(factor * rules_.scale);
+    positive_entry_[r] = ((1 - share) - std::exp(negative_lse - lse)) * positive.slope / to_probability;
     if (wanted_.scale) {  // Σ_j weight_j (ℓ_j − ℓ_positive), which doesn't cancel where the loss is small
       const double own_term = own > 0 ? own * (double(apart.own_logit) - rules_.hard_negative_weight - positive.logit) : 0;
       const double to_best = double(best) - positive.logit;
       moment_[i] = factor * (double(moment) + to_best * similar + own_term - positive.logit * beyond) +
                    weight * apart.shift(positive);
     }
-    k_.weigh(row, column_factor_.data(), T(factor * rules_.scale), num_similarities_);
-    if (first_own_ >= 0)
-      row[first_own_ + i] = T(factor * own * rules_.scale) * column_factor_[first_own_ + i];
-    for (const auto& [column, logit] : apart.positives)
-      row[column] -= T(weight * share * rules_.scale) * column_factor_[column];
+    if (first_own_ >= 0) row[first_own_ + i] = T(own) * factors[first_own_ + i];
+    for (const auto& [column, logit] : apart.positives) row[column] -= T(share / to_probability) * factors[column];
     if (out_.extra_gradient)
       for (int64_t e = 0; e < num_extra_; ++e) out_.extra_gradient[i * num_extra_ + e] = T(factor * extra[e]);
   }
 
-  // dQ = A K and dK = Aᵀ Q̂ with A = ∂loss/∂(k_j · q̂) of the block; the positives' part is added row by row.
+  // dQ = A K and dK = Aᵀ Q̂ with A = ∂loss/∂(k_j · q̂) of the block, which is row_factor times what `logits` holds.
+  // The positives' entries are added apart, in full precision.
   void products(int64_t first, int64_t count) {
     const int64_t d = query_.columns;
-    const bool is_first_block = first == 0;
-    T* query_gradient = out_.query_gradient ? out_.query_gradient + first * d : nullptr;
-    bool accumulate = false;
-    for (const Segment<T>& s : segments_) {
-      if (s.unit.count() == 0) continue;
-      const Matrix<T> slope{logits_.get() + s.first, count, s.unit.count(), num_columns_};
-      if (query_gradient) {
-        matmul(Matrix<T>{query_gradient, count, d, d}, slope, Matrix<const T>{s.unit.row(0), s.unit.count(), d, d},
+    if (out_.query_gradient) {
+      T* gradient = out_.query_gradient + first * d;
+      bool accumulate = false;
+      for (const Segment<T>& s : segments_) {
+        if (s.unit.count() == 0) continue;
+        matmul(Matrix<T>{gradient, count, d, d}, slope(s, count), Matrix<const T>{s.unit.row(0), s.unit.count(), d, d},
                accumulate);
         accumulate = true;
       }
-      if (s.gradient)
-        matmul(Matrix<T>{s.gradient, s.unit.count(), d, d}, slope.transposed(), unit_block(count), !is_first_block);
+      finish_query_gradient(first, count, gradient);
     }
-    add_positives(first, count, query_gradient, segments_[0].gradient);
+    if (!wanted_.key && !wanted_.negatives) return;
+    each_block_row(count, [&](int64_t r, T* unit_query) { k_.scale(unit_query, row_factor_[r], unit_query, d); });
+    for (const Segment<T>& s : segments_)
+      if (s.gradient && s.unit.count())
+        matmul(Matrix<T>{s.gradient, s.unit.count(), d, d}, slope(s, count).transposed(), unit_block(count), first > 0);
+    if (wanted_.key) add_positives(first, count, segments_[0].gradient);
+  }
+  Matrix<T> slope(const Segment<T>& s, int64_t count) {
+    return {logits_.get() + s.first, count, s.unit.count(), num_columns_};
   }
 
-  void add_positives(int64_t first, int64_t count, T* query_gradient, T* key_gradient) {
+  // Adds the positive's part and goes through the normalisation.
+  void finish_query_gradient(int64_t first, int64_t count, T* query_gradient) {
     const int64_t d = query_.columns;
     const UnitRows<T>& keys = segments_[0].unit;
-    if (query_gradient)
-      torch::stable::parallel_for(0, count, rows_per_thread(d), [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-          const int64_t i = first + r, j = target(i);
-          T* gradient = query_gradient + r * d;
-          const T* unit_query = unit_block_.get() + r * d;
-          const double along = double(k_.dot(unit_query, gradient, d)) + positive_weight_[r] * double(out_.positive[i]);
-          const T radial = unit_query_.has_constant_norm(i) ? T(0) : T(-along);
-          const T factor = unit_query_.is_zero(i) ? T(0) : unit_query_.factor(i);
-          k_.combine(gradient, T(positive_weight_[r]) * keys.factor(j), keys.row(j), radial, unit_query, factor, d);
-        }
-      });
-    // Several rows may share a positive, so threads share out the dimensions and not the rows.
-    if (key_gradient)
-      torch::stable::parallel_for(0, d, std::max<int64_t>(16, kGrain / count), [&](int64_t begin, int64_t end) {
-        for (int64_t r = 0; r < count; ++r) {
-          const int64_t j = target(first + r);
-          k_.add_scaled(unit_block_.get() + r * d + begin, T(positive_weight_[r]) * keys.factor(j),
-                        key_gradient + j * d + begin, end - begin);
-        }
-      });
+    each_block_row(count, [&](int64_t r, const T* unit_query) {
+      const int64_t i = first + r, j = target(i);
+      T* gradient = query_gradient + r * d;
+      const double along = double(k_.dot(unit_query, gradient, d)) + positive_entry_[r] * double(out_.positive[i]);
+      const double factor = unit_query_.is_zero(i) ? 0.0 : double(unit_query_.factor(i)) * double(row_factor_[r]);
+      const double radial = unit_query_.has_constant_norm(i) ? 0.0 : -along;
+      k_.combine(gradient, T(factor), T(factor * positive_entry_[r]) * keys.factor(j), keys.row(j), T(factor * radial),
+                 unit_query, d);
+    });
+  }
+
+  // Several rows may share a positive, so threads share out the dimensions and not the rows.
+  void add_positives(int64_t first, int64_t count, T* key_gradient) {
+    const int64_t d = query_.columns;
+    const UnitRows<T>& keys = segments_[0].unit;
+    torch::stable::parallel_for(0, d, std::max<int64_t>(16, kGrain / count), [&](int64_t begin, int64_t end) {
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t j = target(first + r);
+        k_.add_scaled(unit_block_.get() + r * d + begin, T(positive_entry_[r]) * keys.factor(j),
+                      key_gradient + j * d + begin, end - begin);
+      }
+    });
   }
 
   void finish_gradients() {
@@ -378,7 +394,8 @@ class Sweep {
         const double positive_weight =
             -weight * (std::exp(double(out_.negative_lse[i]) - full_row_lse_[i]) +
                        std::exp(double(out_.column_lse[i]) - logaddexp(out_.column_lse[i], positive.logit)));
-        positive_weight_[i - first] = positive_weight * positive.slope * rules_.scale;
+        row_factor_[i - first] = T(1);
+        positive_entry_[i - first] = positive_weight * positive.slope * rules_.scale;
         moment_[i] = moment + positive_weight * positive.logit;
       });
       products(first, count);
@@ -401,7 +418,8 @@ class Sweep {
   GroupIndex groups_;
 
   std::unique_ptr<T[]> logits_, unit_block_;               // (R, C), (R, D)
-  std::vector<double> positive_weight_;                    // (R,) ∂loss/∂(positive's similarity)
+  std::vector<T> row_factor_;                              // (R,) what ∂loss/∂(k_j · q̂) is of the row's entries
+  std::vector<double> positive_entry_;                     // (R,) the positive's entry, without ‖k‖⁻¹
   std::vector<double> moment_;                             // (N,) each row's part of the scale's gradient
   std::vector<Positive> positive_;                         // (N,) kept for the second sweep
   std::vector<T> column_best_, column_total_, full_column_lse_, column_weight_;

@@ -12,18 +12,16 @@ struct RowKernels {
   void (*scale)(const T* x, T factor, T* out, int64_t d);
   // y_d += factor · x_d
   void (*add_scaled)(const T* x, T factor, T* y, int64_t d);
-  // gradient_d = (gradient_d + a · x_d + b · y_d) · factor
-  void (*combine)(T* gradient, T a, const T* x, T b, const T* y, T factor, int64_t d);
+  // gradient_d = g · gradient_d + a · x_d + b · y_d
+  void (*combine)(T* gradient, T g, T a, const T* x, T b, const T* y, int64_t d);
   // row_j *= column_scale_j · factor; returns the largest
   T (*to_logits)(T* row, const T* column_scale, T factor, int64_t n);
-  // row_j = e^(row_j − offset); returns Σ_j row_j
-  T (*exp_in_place)(T* row, T offset, int64_t n);
-  // The same, and Σ_j row_j · (logit_j − offset), without which no temperature gradient
-  T (*exp_in_place_with_moment)(T* row, T offset, int64_t n, T* moment);
+  // row_j = e^(row_j − offset) · column_scale_j; returns Σ_j e^(row_j − offset)
+  T (*exp_in_place)(T* row, const T* column_scale, T offset, int64_t n);
+  // The same, and Σ_j e^(row_j − offset) · (row_j − offset), without which no temperature gradient
+  T (*exp_in_place_with_moment)(T* row, const T* column_scale, T offset, int64_t n, T* moment);
   // Σ_j e^(row_j − offset), the row left as it is
   T (*exp_sum)(const T* row, T offset, int64_t n);
-  // row_j *= column_scale_j · factor
-  void (*weigh)(T* row, const T* column_scale, T factor, int64_t n);
   // Down the columns, one row at a time: best_j = max(best_j, row_j), then total_j += e^(row_j − best_j)
   void (*column_max)(const T* row, T* best, int64_t n);
   void (*column_exp_sum)(const T* row, const T* best, T* total, int64_t n);

@@ -47,10 +47,8 @@ void add_scaled(const T* x, T factor, T* y, int64_t d) {
 }
 
 template <typename T>
-void combine(T* gradient, T a, const T* x, T b, const T* y, T factor, int64_t d) {
-  update(gradient, d, T(0), [=](Vec<T> g, int64_t j, int64_t n) {
-    return (g + part(x, j, n) * a + part(y, j, n) * b) * factor;
-  });
+void combine(T* gradient, T g, T a, const T* x, T b, const T* y, int64_t d) {
+  update(gradient, d, T(0), [=](Vec<T> v, int64_t j, int64_t n) { return v * g + part(x, j, n) * a + part(y, j, n) * b; });
 }
 
 template <typename T>
@@ -69,25 +67,25 @@ T to_logits(T* row, const T* column_scale, T factor, int64_t n) {
 }
 
 template <typename T>
-T exp_in_place(T* row, T offset, int64_t n) {
+T exp_in_place(T* row, const T* column_scale, T offset, int64_t n) {
   Vec<T> total{};
-  update(row, n, T(kNothing), [&](Vec<T> v, int64_t, int64_t) {
+  update(row, n, T(kNothing), [&](Vec<T> v, int64_t j, int64_t m) {
     const Vec<T> e = exp<T>(v - offset);
     total += e;
-    return e;
+    return e * part(column_scale, j, m);
   });
   return sum<T>(total);
 }
 
 template <typename T>
-T exp_in_place_with_moment(T* row, T offset, int64_t n, T* moment) {
+T exp_in_place_with_moment(T* row, const T* column_scale, T offset, int64_t n, T* moment) {
   Vec<T> total{}, weighted{};
-  update(row, n, T(kNothing), [&](Vec<T> v, int64_t, int64_t) {
+  update(row, n, T(kNothing), [&](Vec<T> v, int64_t j, int64_t m) {
     const Vec<T> x = v - offset;
     const Vec<T> e = exp<T>(x);
     total += e;
     weighted += e == T(0) ? e : e * x;  // 0 · −inf has no place in the sum
-    return e;
+    return e * part(column_scale, j, m);
   });
   *moment = sum<T>(weighted);
   return sum<T>(total);
@@ -101,11 +99,6 @@ T exp_sum(const T* row, T offset, int64_t n) {
   for (; j + W <= n; j += W) total += exp<T>(load(row + j) - offset);
   if (j < n) total += exp<T>(load_head(row + j, n - j, T(kNothing)) - offset);
   return sum<T>(total);
-}
-
-template <typename T>
-void weigh(T* row, const T* column_scale, T factor, int64_t n) {
-  update(row, n, T(0), [=](Vec<T> v, int64_t j, int64_t m) { return v * (part(column_scale, j, m) * factor); });
 }
 
 template <typename T>
@@ -138,12 +131,9 @@ T symmetric_weigh(T* row, T row_lse, T row_weight, const T* column_lse, const T*
 
 template <typename T>
 constexpr RowKernels<T> table() {
-  return {dot<T>,          scale<T>,
-          add_scaled<T>,   combine<T>,
-          to_logits<T>,    exp_in_place<T>,
-          exp_in_place_with_moment<T>, exp_sum<T>,
-          weigh<T>,        column_max<T>,
-          column_exp_sum<T>, symmetric_weigh<T>};
+  return {dot<T>,       scale<T>,        add_scaled<T>,
+          combine<T>,   to_logits<T>,    exp_in_place<T>, exp_in_place_with_moment<T>,
+          exp_sum<T>,   column_max<T>,   column_exp_sum<T>, symmetric_weigh<T>};
 }
 
 }  // namespace

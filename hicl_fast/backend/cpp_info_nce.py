@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -38,8 +38,9 @@ def _run(
     def index(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.contiguous()
 
-    with _precision(problem):
-        loss, negative_lse, column_lse, positive, hardest, total, *gradients = torch.ops.hicl_fast_cpp.info_nce(
+    # Below autograd: its fallback for operators that have no gradient costs as much as the rest of a small call.
+    with _precision(problem), torch._C._AutoDispatchBelowAutograd():
+        loss, negative_lse, column_lse, positive, hardest, total, *gradients = _operator()(
             ready(problem.query),
             ready(problem.key),
             index(problem.target),
@@ -58,6 +59,11 @@ def _run(
             sum(1 << bit for bit, is_wanted in enumerate(wanted) if is_wanted),
         )
     return RowStatistics(loss, negative_lse, column_lse, positive, hardest, total), Gradients(*gradients)
+
+
+@functools.cache
+def _operator() -> Callable[..., tuple[Tensor, ...]]:
+    return torch.ops.hicl_fast_cpp.info_nce.default
 
 
 def _precision(problem: Problem) -> contextlib.AbstractContextManager[None]:
