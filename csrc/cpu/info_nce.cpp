@@ -21,6 +21,7 @@
 
 #include "groups.h"
 #include "matmul.h"
+#include "memory.h"
 #include "rows.h"
 #include "tensors.h"
 #include "unit_rows.h"
@@ -29,8 +30,9 @@ namespace hicl {
 namespace {
 
 constexpr double kAngleClamp = 1e-7;
-constexpr int64_t kBlockBytes = 8 << 20;  // of logits: stays in a last-level cache, and deep enough for the BLAS
-constexpr int64_t kMinBlockRows = 64;
+// Rows in a block: the BLAS packs the keys anew for every block, which 1024 rows pay for; less where memory says so.
+constexpr int64_t kMinBlockRows = 64, kMaxBlockRows = 1024;
+constexpr int64_t kBlockBytes = 128 << 20;  // of logits
 
 enum class SameGroup : int64_t { kExclude, kNegative, kPositive };
 
@@ -106,8 +108,8 @@ class Sweep {
     const int64_t n = query_.rows, block = block_rows();
     num_columns_ = num_similarities_ + num_extra_;
     column_factor_.resize(num_columns_, T(1));
-    logits_.reset(new T[block * num_columns_]);  // not a vector: nothing needs to be set to zero
-    unit_block_.reset(new T[block * query_.columns]);
+    logits_ = uninitialised<T>(block * num_columns_);
+    unit_block_ = uninitialised<T>(block * query_.columns);
     row_factor_.resize(block);
     positive_entry_.resize(block);
     moment_.assign(n, 0.0);
@@ -132,7 +134,7 @@ class Sweep {
  private:
   int64_t block_rows() const {
     const int64_t row_bytes = int64_t(sizeof(T)) * std::max<int64_t>(1, num_similarities_ + num_extra_);
-    return std::min(query_.rows, std::max(kMinBlockRows, kBlockBytes / row_bytes));
+    return std::min(query_.rows, std::clamp(kBlockBytes / row_bytes, kMinBlockRows, kMaxBlockRows));
   }
   T* logits(int64_t i) { return logits_.get() + i * num_columns_; }
   int64_t target(int64_t i) const { return target_ ? target_[i] : i; }

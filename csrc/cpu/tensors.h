@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "matmul.h"
+#include "memory.h"
 
 namespace hicl {
 
@@ -14,8 +15,10 @@ using OptionalTensor = std::optional<Tensor>;
 
 template <typename T>
 Tensor new_tensor(std::initializer_list<int64_t> shape) {
-  return torch::stable::empty(shape, kScalarType<T>, std::nullopt,
-                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  Tensor tensor = torch::stable::empty(shape, kScalarType<T>, std::nullopt,
+                                       torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  prefer_huge_pages(tensor.mutable_data_ptr<T>(), tensor.numel() * int64_t(sizeof(T)));
+  return tensor;
 }
 template <typename T>
 T* data(Tensor& t) {

@@ -1,0 +1,83 @@
+# make help lists the targets. PYTHON=python3.12 make ... takes another interpreter, from Python 3.10 on.
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet --quiet
+PYTEST := $(BIN)/python -m pytest -q
+STYLED := hicl_fast kernels benchmarks tests tools setup.py
+TYPED := hicl_fast kernels benchmarks tools setup.py
+
+# Empty files that say when a step was last done: a step is done again when what it rests on is newer.
+INSTALLED := .venv/.installed
+LINKED := .venv/.linked
+BUILT := .venv/.built
+
+.DEFAULT_GOAL := help
+.PHONY: help venv build bench test test-main test-interpret test-quick lint format wheel gpu-check clean
+
+help: ## list the targets
+	@echo "hicl_fast: contrastive losses as custom kernels. Each target does first whatever it needs."
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(INSTALLED) ## make only the Python environment, .venv, with the pinned dependencies
+
+build: $(BUILT) ## compile csrc/ in place and make `import hicl_fast` work in .venv
+
+bench: $(BUILT) ## time the fused losses against everything comparable (ARGS="--help" for the options)
+	$(BIN)/python benchmarks/loss_throughput.py $(ARGS)
+
+test: test-main test-interpret ## run all the tests (ARGS goes to pytest)
+
+test-main: $(BUILT) ## the tests but those in Triton's interpreter
+	TRITON_INTERPRET=0 $(PYTEST) -m "not interpret" $(ARGS)
+
+# The interpreter replaces Triton's compiler for a whole process, so these tests have one of their own.
+test-interpret: $(BUILT) ## the Triton kernels' tests, in Triton's interpreter on the CPU
+	@if $(BIN)/python -c "import triton" 2>/dev/null; \
+	then echo 'TRITON_INTERPRET=1 $(PYTEST) -m interpret $(ARGS)'; TRITON_INTERPRET=1 $(PYTEST) -m interpret $(ARGS); \
+	else echo "Triton is not installed: its kernels' tests are left out"; fi
+
+test-quick: $(BUILT) ## the tests that take a few seconds at most
+	TRITON_INTERPRET=0 $(PYTEST) -m "not interpret and not slow" $(ARGS)
+
+lint: $(INSTALLED) ## check style (ruff) and types (mypy)
+	$(BIN)/ruff check $(STYLED)
+	$(BIN)/ruff format --check $(STYLED)
+	$(BIN)/mypy $(TYPED)
+
+format: $(INSTALLED) ## rewrite the Python files in the style that lint asks for
+	$(BIN)/ruff check --fix $(STYLED)
+	$(BIN)/ruff format $(STYLED)
+
+wheel: $(INSTALLED) ## build a wheel, with the compiled extension inside, into dist/
+	rm -rf build/lib* build/bdist*
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+gpu-check: ## on a machine with a GPU: tests, benchmark, sanitizer, into $OUT (build/gpu-check); uses PYTHON's own PyTorch
+	$(PYTHON) tools/gpu_check.py
+
+clean: ## remove what was built, and keep .venv
+	rm -rf build dist *.egg-info hicl_fast/*.so $(LINKED) $(BUILT)
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "hicl_fast needs Python 3.10 or later; name one with PYTHON=..., as in: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+$(INSTALLED): requirements/dev.txt requirements/triton.txt | $(BIN)/python
+	@echo "Installing the pinned dependencies into .venv: a few minutes where PyTorch is still to be downloaded"
+	$(PIP) install -r requirements/dev.txt
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install --no-deps -r requirements/triton.txt
+	@touch $@
+
+# The Python part: the source folders are what is imported.
+$(LINKED): $(INSTALLED) setup.py pyproject.toml
+	HICL_FAST_BUILD=skip $(PIP) install --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# The C++ part, beside the Python one; not through pip, which would hide a warning.
+$(BUILT): $(LINKED) setup.py $(shell find csrc -type f)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@

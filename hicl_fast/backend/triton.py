@@ -1,0 +1,54 @@
+"""The ``triton`` backend: kernels/, for tensors on a GPU, and on the CPU in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+from hicl_fast.backend.registry import BackendStatus
+
+__all__ = ["refusal", "status"]  # and info_nce and segment_pool, which are loaded when used
+
+
+def status() -> BackendStatus:
+    if importlib.util.find_spec("triton") is None:
+        return _missing("Triton is not installed")
+    if not _interpreting() and not torch.cuda.is_available():
+        return _missing("PyTorch sees no GPU")
+    try:
+        from hicl_fast.kernels import launch
+    except ImportError as error:
+        return _missing(f"the kernels don't load: {error}")
+    where = "interpreter, on the CPU" if launch.INTERPRETING else torch.cuda.get_device_name()
+    return BackendStatus("triton", True, "", f"Triton {importlib.metadata.version('triton')}, {where}")
+
+
+def refusal(device_type: str) -> str:
+    if _interpreting():
+        return "" if device_type == "cpu" else f"in Triton's interpreter it takes tensors on the CPU, got {device_type}"
+    if device_type == "cuda":
+        return ""
+    return f"it takes tensors on a GPU, got {device_type}; TRITON_INTERPRET=1 runs the kernels on the CPU, for tests"
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The operators, loaded when one is used: listing the backends must work without Triton."""
+    if name == "info_nce":
+        from hicl_fast.backend import triton_info_nce as module
+    elif name == "segment_pool":
+        from hicl_fast.backend import triton_segment_pool as module  # type: ignore[no-redef]
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return module
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _missing(reason: str) -> BackendStatus:
+    return BackendStatus("triton", False, reason, "")

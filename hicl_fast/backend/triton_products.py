@@ -1,0 +1,75 @@
+"""The gradients' matrix products, ``dQ̂ = A K̂`` and ``dK̂ = Aᵀ Q̂``, through the library, with float32 sums."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hicl_fast.backend.triton_operands import Operands
+from hicl_fast.kernels import launch
+from hicl_fast.kernels.launch import Partners
+from hicl_fast.ops.problem import NORM_FLOOR, Wanted
+
+
+def matmul(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
+    """``a @ b`` in float32, added to ``onto`` in place if that is given."""
+    if a.is_cuda and a.dtype != torch.float32:
+        if onto is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.addmm(onto, a, b, out_dtype=torch.float32, out=onto)
+    a, b = a.float(), b.float()
+    return torch.mm(a, b) if onto is None else torch.addmm(onto, a, b, out=onto)
+
+
+class InputGradients:
+    """Gradients of query, key and negatives, gathered from chunks of rows."""
+
+    def __init__(self, operands: Operands, wanted: Wanted) -> None:
+        self._operands = operands
+        self._column_is_wanted = [wanted.key, wanted.negatives and operands.problem.negatives is not None, False]
+        self._column_products: list[Tensor | None] = [None] * len(operands.columns)
+        self._wants_query = wanted.query
+        self.query = self._empty(operands.problem.query, wanted.query)
+
+    def add(
+        self,
+        rows: slice,
+        slopes: list[Tensor],  # (R, C) for each kind of column: ∂loss/∂s up to the factors, without the target
+        row_factor: Tensor,  # (R,) that turns slopes into ∂loss/∂s
+        scaled_query: Tensor,  # (R, D) unit rows times their factor for the columns' gradients
+        coefficient: Tensor,  # (R,) ∂loss/∂s at the target
+    ) -> None:
+        operands = self._operands
+        if self._wants_query:
+            product = None
+            for slope, unit in zip(slopes, operands.units, strict=True):
+                if unit is not None and unit.shape[0]:
+                    product = matmul(slope, unit, onto=product)
+            assert product is not None  # there is at least one key
+            partners = Partners(operands.columns[0].vectors, coefficient, operands.target[rows])
+            launch.gradient(product, row_factor, operands.query[rows], partners, NORM_FLOOR, self.query[rows])
+        for i, slope in enumerate(slopes):
+            if self._column_is_wanted[i]:
+                self._column_products[i] = matmul(slope.T, scaled_query, onto=self._column_products[i])
+
+    def columns(self, factor: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of key (M, D) and negatives (P, D), from the factor (1,) that undoes the scaled query's and coefficients (N,)."""
+        operands, problem = self._operands, self._operands.problem
+        by_target = operands.rows_by_target if self._column_is_wanted[0] else None
+        index, begin = (None, None) if by_target is None else by_target
+        key = self._empty(problem.key, self._column_is_wanted[0])
+        self._finish(0, factor, Partners(operands.query, coefficient, index, begin), key)
+        negatives = self._empty(problem.negatives, self._column_is_wanted[1])
+        self._finish(1, factor, None, negatives)
+        return key, negatives
+
+    def _finish(self, i: int, factor: Tensor, partners: Partners | None, out: Tensor) -> None:
+        if not self._column_is_wanted[i]:
+            return
+        product, vectors = self._column_products[i], self._operands.columns[i].vectors
+        assert product is not None  # there is at least one row
+        launch.gradient(product, factor.expand(product.shape[0]), vectors, partners, NORM_FLOOR, out)
+
+    def _empty(self, like: Tensor | None, is_wanted: bool) -> Tensor:
+        shape = like.shape if is_wanted and like is not None else (0,)
+        return self._operands.positive.new_empty(shape)

@@ -1,0 +1,6 @@
+"""``python -m hicl_fast.trainer``, also under ``torchrun -m hicl_fast.trainer``."""
+
+from hicl_fast.trainer.cli import main
+
+if __name__ == "__main__":
+    main()

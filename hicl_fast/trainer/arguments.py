@@ -1,0 +1,105 @@
+"""The command line: SimCSE's argument names where SimCSE has them, beside those of ``transformers.TrainingArguments``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import transformers
+from transformers.trainer_utils import IntervalStrategy
+
+from hicl_fast.trainer.methods import METHODS
+from hicl_fast.trainer.token_pooling import POOLERS
+
+
+def _option(default: object, help: str, **metadata: object) -> object:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(
+        metadata={
+            "help": "a hub name, a local folder, or scratch:small: a WordPiece vocabulary trained on the text "
+            "and a small random BERT, with nothing downloaded"
+        }
+    )
+    pooler_type: str = _option("cls", f"sentence embedding from token embeddings: {', '.join(POOLERS)}")  # type: ignore[assignment]
+    mlp_only_train: bool = _option(False, "use the MLP of --pooler_type cls in training only")  # type: ignore[assignment]
+    freeze_word_embeddings: bool = _option(False, "do not train the table of word embeddings")  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        _check_choice("pooler_type", self.pooler_type, POOLERS)
+        if self.mlp_only_train and self.pooler_type != "cls":
+            raise ValueError(f"mlp_only_train: expected --pooler_type cls, the one with an MLP, got {self.pooler_type!r}")
+
+
+@dataclass
+class DataArguments:
+    train_file: str = field(
+        metadata={
+            "help": "text of one document a line; or a .csv with a heading and 1 to 3 columns: "
+            "sentence, positive, hard negative"
+        }
+    )
+    max_seq_length: int | None = _option(  # type: ignore[assignment]
+        None, "tokens kept of a document, special ones included; default: 32, with --method hicl 512"
+    )
+    max_train_samples: int | None = _option(None, "train on the first so many rows of the file")  # type: ignore[assignment]
+    data_dir: str | None = _option(  # type: ignore[assignment]
+        None, "SentEval's data folder: evaluate on STS-B dev every --eval_steps, on the seven STS tasks at the end"
+    )
+
+
+@dataclass
+class MethodArguments:
+    method: str = _option("simcse", f"the training objective: {', '.join(METHODS)}")  # type: ignore[assignment]
+    temp: float = _option(0.05, "temperature of the softmax", aliases=["--temperature"])  # type: ignore[assignment]
+    hard_negative_weight: float = _option(0.0, "simcse: added to the logit of a row's own hard negative")  # type: ignore[assignment]
+    segment_length: int = _option(32, "hicl: tokens of a segment, special ones included")  # type: ignore[assignment]
+    local_weight: float = _option(0.3, "hicl: weight of the loss between segments")  # type: ignore[assignment]
+    global_weight: float | None = _option(  # type: ignore[assignment]
+        None, "hicl: weight of the loss between pooled documents; default: 1 - local_weight"
+    )
+    same_sequence: str = _option(  # type: ignore[assignment]
+        "exclude", "hicl: what segments of one document are to each other: exclude, negative or positive"
+    )
+    segment_pooling: str = _option("length", "hicl: weight of a segment in its document: length or mean")  # type: ignore[assignment]
+    backend: str = _option("auto", "of the loss: auto, torch, cpp or triton")  # type: ignore[assignment]
+    check_every: int = _option(  # type: ignore[assignment]
+        0, "every so many steps compare loss and gradients with the float64 reference, and stop where they differ"
+    )
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, METHODS)
+        _check_choice("same_sequence", self.same_sequence, ("exclude", "negative", "positive"))
+        _check_choice("segment_pooling", self.segment_pooling, ("length", "mean"))
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """``transformers.TrainingArguments`` with SimCSE's defaults."""
+
+    per_device_train_batch_size: int = _option(64, "documents in a batch, on each device")  # type: ignore[assignment]
+    learning_rate: float = _option(3e-5, "highest learning rate")  # type: ignore[assignment]
+    num_train_epochs: float = _option(1.0, "passes over the text")  # type: ignore[assignment]
+    logging_steps: float = _option(10, "steps between two lines of the log")  # type: ignore[assignment]
+    eval_strategy: IntervalStrategy | str = _option(  # type: ignore[assignment]
+        "no", "no, steps or epoch; default: steps where --eval_steps is given", aliases=["--evaluation_strategy"]
+    )
+    overwrite_output_dir: bool = _option(False, "delete the checkpoints of an earlier run in --output_dir")  # type: ignore[assignment]
+    resume_from_checkpoint: str | None = _option(  # type: ignore[assignment]
+        None, "last (the newest complete checkpoint in --output_dir), or a checkpoint's folder"
+    )
+
+    def __post_init__(self) -> None:
+        if self.eval_steps is not None and IntervalStrategy(self.eval_strategy) == IntervalStrategy.NO:
+            self.eval_strategy = IntervalStrategy.STEPS
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "stsb_spearman"
+        self.remove_unused_columns = False  # the rows are text, which is no argument of the encoder
+        super().__post_init__()
+
+
+def _check_choice(name: str, value: str, allowed: object) -> None:
+    if value not in allowed:  # type: ignore[operator]
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")  # type: ignore[arg-type]

@@ -1,0 +1,94 @@
+"""``transformers.Trainer`` with a contrastive loss, STS evaluation and folders that sentence-transformers opens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer
+
+from hicl_fast.evaluation import Task, score_task
+from hicl_fast.trainer.checks import check_loss
+from hicl_fast.trainer.encoder import SentenceEncoder
+from hicl_fast.trainer.methods import Method, Views
+from hicl_fast.trainer.model import POOLING_KEY, write_sentence_transformers_files
+from hicl_fast.trainer.token_pooling import embed
+
+
+class ContrastiveTrainer(Trainer):
+    """Trains an encoder with one of the methods.
+
+    Args:
+        method: computes the loss.
+        num_views: V, how many embeddings the batch holds of a segment.
+        pooler_type: how tokens are pooled in training.
+        saved_pooler_type: how they are pooled from then on; recorded in the saved model.
+        check_every: steps between two comparisons with the reference; 0: never.
+        kwargs: for ``transformers.Trainer``; ``eval_dataset`` is an STS task.
+    """
+
+    def __init__(
+        self, *, method: Method, num_views: int, pooler_type: str, saved_pooler_type: str, check_every: int = 0, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.method, self.num_views, self.check_every = method, num_views, check_every
+        self.pooler_type, self.saved_pooler_type = pooler_type, saved_pooler_type
+        setattr(self.model.config, POOLING_KEY, saved_pooler_type)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch: accumulation has to average it
+        self._last_checked = -1
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        embeddings = embed(model, inputs["input_ids"], inputs["attention_mask"], self.pooler_type)  # (V·S, D)
+        lengths = inputs["attention_mask"].chunk(self.num_views)[0].sum(dim=1)
+
+        def views(rows: Tensor) -> Views:
+            anchor, positive, *negative = rows.chunk(self.num_views)
+            return Views(anchor, positive, negative[0] if negative else None, inputs["offsets"], lengths)
+
+        if self._check_is_due():
+            check_loss(
+                lambda rows: self.method.loss(views(rows)),
+                lambda rows: self.method.reference(views(rows)),
+                embeddings,
+                self.state.global_step,
+            )
+        loss = self.method.loss(views(embeddings))
+        return (loss, {"embeddings": embeddings}) if return_outputs else loss
+
+    def _check_is_due(self) -> bool:
+        """Once in each step that is due, however many batches are accumulated in it."""
+        step = self.state.global_step
+        if not self.check_every or step % self.check_every or step == self._last_checked:
+            return False
+        self._last_checked = step
+        return True
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:  # a training step, not an evaluation
+            parts = self.method.fused.last.items()  # type: ignore[union-attr]
+            logs |= {name: float(value) for name, value in parts if name != "loss"}
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Scores the STS task given as ``eval_dataset``: Spearman × 100."""
+        task: Task = self.eval_dataset if eval_dataset is None else eval_dataset
+        encoder = SentenceEncoder(self.model, self.processing_class, self.saved_pooler_type, batch_size=self.args.eval_batch_size)
+        metrics = {f"{metric_key_prefix}_stsb_spearman": score_task(encoder.encode, task)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            write_sentence_transformers_files(self.model, self.processing_class, self.saved_pooler_type, folder)

@@ -1,0 +1,345 @@
+"""Launches the kernels on tensors: grids, tiles, and which of a kernel's features a call uses. No mathematics."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from hicl_fast.kernels import rows as _rows
+from hicl_fast.kernels import segment_pool as _segment_pool
+from hicl_fast.kernels import similarity as _similarity
+from hicl_fast.kernels.tiles import RowTile, Tile, narrow_tile, row_tile, similarity_tile
+from torch import Tensor
+
+# What a row's special column is, and what columns of its group are: see kernels/similarity.py.
+NOTHING, POSITIVE, OWN_NEGATIVE = 0, 1, 2
+ORDINARY, EXCLUDED, POSITIVES = 0, 1, 2
+
+# The sums by row that each kernel leaves, by name.
+EXP_PLANES = ("exp_sum", "hardest", "dot")
+STATISTICS_PLANES = ("exp_sum", "hardest", "max", "positives_shift")
+
+INTERPRETING = not isinstance(_rows.normalise_kernel, triton.JITFunction)  # TRITON_INTERPRET=1 when they were loaded
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Vectors and what makes them unit vectors."""
+
+    x: Tensor  # (N, D) contiguous, as they came
+    inverse: Tensor  # (N,) float32: 1 / ‖x‖, 0 for a zero row
+
+    def __getitem__(self, rows: slice) -> Rows:
+        return Rows(self.x[rows], self.inverse[rows])
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Vectors that rows are compared with, and which of them a row treats apart."""
+
+    vectors: Rows  # (C, D)
+    special: int  # NOTHING | POSITIVE | OWN_NEGATIVE
+    special_column: Tensor | None  # (N,) int64
+    own_bias: float
+    groups: int  # ORDINARY | EXCLUDED | POSITIVES
+    query_group: Tensor | None  # (N,) int64
+    key_group: Tensor | None  # (C,) int64
+
+    @property
+    def count(self) -> int:
+        return self.vectors.x.shape[0]
+
+    def for_rows(self, rows: slice) -> dict[str, Any]:
+        """The kernels' arguments for a chunk of rows."""
+
+        def chunk(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[rows]
+
+        return {
+            "key_ptr": self.vectors.x,
+            "key_inverse_ptr": self.vectors.inverse,
+            "special_ptr": chunk(self.special_column),
+            "query_group_ptr": chunk(self.query_group),
+            "key_group_ptr": self.key_group,
+            "num_cols": self.count,
+            "dim": self.vectors.x.shape[1],
+            "SPECIAL": self.special,
+            "GROUPS": self.groups,
+        }
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The tile table's name for a device: "sm_90", "gfx942", "interpreter"."""
+    if device.type == "cpu":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def tile_for(x: Tensor, precision: str, *, narrow: bool) -> Tile:
+    """The tile for similarities of vectors of x's type, multiplied in ``precision`` ("ieee" or "tf32").
+
+    ``similarity_slopes`` and statistics by column need the narrow one.
+    """
+    operand = "16 bit" if x.element_size() == 2 else "tf32" if precision == "tf32" else "fp32"
+    return (narrow_tile if narrow else similarity_tile)(architecture(x.device), operand)
+
+
+# --- similarities ----------------------------------------------------------------------------------------------------
+
+
+def exp_similarities(
+    query: Rows,  # (R, D)
+    columns: Columns,  # C of them
+    tile: Tile,
+    rows: slice,  # which rows of the whole these R are
+    scale: Tensor,  # (1,)
+    offset: Tensor,  # (R,)
+    out: Tensor,  # (R, C) with unit stride along the columns
+    partials: Tensor,  # (3, column tiles, R) float32; planes as in EXP_PLANES
+    *,
+    amplitude: float,
+    wants_dot: bool,
+    precision: str,
+) -> None:
+    """``out = amplitude · exp(ℓ − offset)`` and its sums by row."""
+    num_rows = query.x.shape[0]
+    _similarity.exp_kernel[_grid(num_rows, columns.count, tile)](
+        query_ptr=query.x,
+        query_inverse_ptr=query.inverse,
+        scale_ptr=scale,
+        offset_ptr=offset,
+        exp_ptr=out,
+        partials_ptr=partials,
+        num_rows=num_rows,
+        exp_stride=out.stride(0),
+        plane_stride=partials.stride(0),
+        own_bias=columns.own_bias,
+        amplitude=amplitude,
+        WANTS_DOT=wants_dot,
+        PRECISION=precision,
+        **columns.for_rows(rows),
+        **tile.options(),
+    )
+
+
+def similarity_statistics(
+    query: Rows,  # (R, D)
+    columns: Columns,  # C of them
+    tile: Tile,
+    rows: slice,
+    scale: Tensor,  # (1,)
+    positive_logit: Tensor,  # (R,)
+    partials: Tensor,  # (4, column tiles, R) float32; planes as in STATISTICS_PLANES
+    column_partials: Tensor | None,  # (2, row tiles, C) float32: Σ exp(ℓ − max), max
+    *,
+    precision: str,
+) -> None:
+    """Sums by row, and by column where they are asked for; nothing of size R × C is kept."""
+    num_rows = query.x.shape[0]
+    _similarity.statistics_kernel[_grid(num_rows, columns.count, tile)](
+        query_ptr=query.x,
+        query_inverse_ptr=query.inverse,
+        scale_ptr=scale,
+        positive_logit_ptr=positive_logit,
+        partials_ptr=partials,
+        column_partials_ptr=column_partials,
+        num_rows=num_rows,
+        plane_stride=partials.stride(0),
+        column_plane_stride=0 if column_partials is None else column_partials.stride(0),
+        own_bias=columns.own_bias,
+        HAS_COLUMNS=column_partials is not None,
+        PRECISION=precision,
+        **columns.for_rows(rows),
+        **tile.options(),
+    )
+
+
+def similarity_slopes(
+    query: Rows,  # (R, D)
+    columns: Columns,  # C of them
+    tile: Tile,
+    rows: slice,
+    scale: Tensor,  # (1,)
+    by_row: tuple[Tensor, Tensor],  # offset and factor, (R,) each
+    by_column: tuple[Tensor, Tensor] | None,  # offset and factor, (C,) each
+    positives_share: Tensor | None,  # (R,)
+    out: Tensor,  # (R, C) with unit stride along the columns
+    dot: Tensor,  # (column tiles, R) float32
+    *,
+    wants_dot: bool,
+    precision: str,
+) -> None:
+    """``out = Σ factor · exp(ℓ − offset)`` over row and column, less the share of the further positives."""
+    num_rows = query.x.shape[0]
+    column_offset, column_factor = by_column or (None, None)
+    _similarity.slope_kernel[_grid(num_rows, columns.count, tile)](
+        query_ptr=query.x,
+        query_inverse_ptr=query.inverse,
+        scale_ptr=scale,
+        row_offset_ptr=by_row[0],
+        row_factor_ptr=by_row[1],
+        positives_share_ptr=positives_share,
+        column_offset_ptr=column_offset,
+        column_factor_ptr=column_factor,
+        slope_ptr=out,
+        dot_ptr=dot,
+        num_rows=num_rows,
+        slope_stride=out.stride(0),
+        own_bias=columns.own_bias,
+        HAS_COLUMNS=by_column is not None,
+        WANTS_DOT=wants_dot,
+        PRECISION=precision,
+        **columns.for_rows(rows),
+        **tile.options(),
+    )
+
+
+def _grid(num_rows: int, num_cols: int, tile: Tile) -> tuple[int]:
+    return (triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_cols, tile.cols),)
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def normalise(x: Tensor, floor: float, unit: Tensor | None = None) -> Rows:
+    """The rows of x (N, D), contiguous, with their inverse norms; writes the unit rows to ``unit`` (N, D) if given."""
+    inverse = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    if x.shape[0]:
+        tile = row_tile(x.shape[1])
+        _rows.normalise_kernel[_row_grid(x, tile)](
+            x, inverse, unit, *x.shape, floor, WRITES_UNIT=unit is not None, **tile.options()
+        )
+    return Rows(x, inverse)
+
+
+def scale_rows(x: Tensor, factor: Tensor) -> Tensor:
+    """``factor[:, None] · x`` in x's type, rounded once; (N, D), (N,) float32 -> (N, D)."""
+    scaled = torch.empty_like(x)
+    tile = row_tile(x.shape[1])
+    _rows.scale_rows_kernel[_row_grid(x, tile)](x, factor, scaled, *x.shape, **tile.options())
+    return scaled
+
+
+def positive_similarity(query: Rows, key: Rows, target: Tensor) -> Tensor:
+    """The cosine of each query with its target, (N,) float32, from the same numbers as the tiles."""
+    positive = torch.empty_like(query.inverse)
+    tile = row_tile(query.x.shape[1])
+    _rows.positive_kernel[_row_grid(query.x, tile)](
+        query.x, key.x, query.inverse, key.inverse, target, positive, *query.x.shape, **tile.options()
+    )
+    return positive
+
+
+@dataclass(frozen=True)
+class Partners:
+    """The rows of the other side that a row shares a positive with, and how much of their unit rows it is given."""
+
+    other: Rows  # (K, D)
+    coefficient: Tensor  # (N,); with begin: (K,)
+    index: Tensor | None = None  # int64: (N,), the partner of each row; None: the row of the same index
+    begin: Tensor | None = None  # (N + 1,) int64: the partners are index[begin[i] : begin[i + 1]]
+
+
+def gradient(
+    product: Tensor,  # (N, D) float32
+    factor: Tensor,  # (N,) float32 of the product; may be an expanded scalar
+    rows: Rows,  # (N, D)
+    partners: Partners | None,
+    floor: float,
+    out: Tensor,  # (N, D) float32
+) -> None:
+    """The gradient with respect to the rows as they came, from that with respect to the unit rows."""
+    if not rows.x.shape[0]:
+        return
+    kind, other = _rows.NOBODY, rows
+    coefficient = index = begin = None
+    if partners is not None:
+        other, coefficient, index, begin = partners.other, partners.coefficient, partners.index, partners.begin
+        kind = _rows.LISTED if begin is not None else _rows.SAME_INDEX if index is None else _rows.TARGET
+    tile = row_tile(rows.x.shape[1])
+    _rows.gradient_kernel[_row_grid(rows.x, tile)](
+        product,
+        factor,
+        rows.x,
+        rows.inverse,
+        other.x,
+        other.inverse,
+        coefficient,
+        index,
+        begin,
+        out,
+        rows.x.shape[0],
+        other.x.shape[0],
+        rows.x.shape[1],
+        factor.stride(0),
+        floor,
+        PARTNER=kind.value,
+        **tile.options(),
+    )
+
+
+def _row_grid(x: Tensor, tile: RowTile) -> tuple[int]:
+    return (triton.cdiv(x.shape[0], tile.rows),)
+
+
+# --- pooling ---------------------------------------------------------------------------------------------------------
+
+POOL_BLOCK_DIM = 512  # a program's share of the dimensions: 4 a thread
+_POOL_WARPS = 4
+
+
+def pool_segments(segments: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+    """(S, D), (B + 1,) int64, (S,) -> (B, D) in the segments' type. All contiguous."""
+    num_sequences, dim = offsets.shape[0] - 1, segments.shape[1]
+    pooled = segments.new_empty(num_sequences, dim)
+    if pooled.numel():
+        _segment_pool.pool_kernel[_pool_grid(num_sequences, dim)](
+            segments, offsets, weights, pooled, dim, weights is not None, _sum_type(segments, weights),
+            BLOCK_DIM=_pool_block(dim), num_warps=_POOL_WARPS,
+        )  # fmt: skip
+    return pooled
+
+
+def segments_gradient(segments: Tensor, offsets: Tensor, weights: Tensor | None, pooled_grad: Tensor) -> Tensor:
+    """(S, D) in the segments' type, from the pooled rows' gradient (B, D)."""
+    num_sequences, dim = offsets.shape[0] - 1, segments.shape[1]
+    grad = torch.empty_like(segments)
+    if grad.numel():
+        _segment_pool.segments_gradient_kernel[_pool_grid(num_sequences, dim)](
+            offsets, weights, pooled_grad, grad, dim, weights is not None, _sum_type(segments, weights),
+            BLOCK_DIM=_pool_block(dim), num_warps=_POOL_WARPS,
+        )  # fmt: skip
+    return grad
+
+
+def weights_gradient(segments: Tensor, offsets: Tensor, weights: Tensor, pooled_grad: Tensor) -> Tensor:
+    """(S,) in the weights' type, from the pooled rows' gradient (B, D)."""
+    grad = torch.empty_like(weights)
+    tile = row_tile(segments.shape[1])
+    if grad.numel():
+        _segment_pool.weights_gradient_kernel[(offsets.shape[0] - 1,)](
+            segments, offsets, weights, pooled_grad, grad, segments.shape[1], _sum_type(segments, weights),
+            BLOCK_DIM=tile.dim, num_warps=tile.num_warps,
+        )  # fmt: skip
+    return grad
+
+
+def _sum_type(segments: Tensor, weights: Tensor | None) -> tl.dtype:
+    is_double = segments.dtype == torch.float64 or (weights is not None and weights.dtype == torch.float64)
+    return tl.float64 if is_double else tl.float32
+
+
+def _pool_block(dim: int) -> int:
+    return min(POOL_BLOCK_DIM, row_tile(dim).dim)
+
+
+def _pool_grid(num_sequences: int, dim: int) -> tuple[int, int]:
+    return num_sequences, triton.cdiv(dim, _pool_block(dim))

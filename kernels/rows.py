@@ -1,0 +1,156 @@
+"""What InfoNCE does a row at a time: norms, the positives' similarities, and the way back through the normalisation."""
+
+# ruff: noqa: N803
+import triton
+import triton.language as tl
+
+# Which rows of the other side a row shares a positive with.
+NOBODY = tl.constexpr(0)
+TARGET = tl.constexpr(1)  # the one that ``partner`` names
+SAME_INDEX = tl.constexpr(2)  # the one of the same index, if there is one
+LISTED = tl.constexpr(3)  # ``partner[begin[row] : begin[row + 1]]``
+
+
+@triton.jit
+def load_rows(ptr, row, inside, dim, BLOCK_DIM: tl.constexpr):
+    """Rows in float32, (BLOCK_ROWS, BLOCK_DIM); zeros outside."""
+    at = tl.arange(0, BLOCK_DIM)
+    mask = inside[:, None] & (at < dim)[None, :]
+    return tl.load(ptr + row.to(tl.int64)[:, None] * dim + at[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(ptr, row, inside, dim, values, BLOCK_DIM: tl.constexpr):
+    at = tl.arange(0, BLOCK_DIM)
+    mask = inside[:, None] & (at < dim)[None, :]
+    tl.store(ptr + row.to(tl.int64)[:, None] * dim + at[None, :], values.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def normalise_kernel(
+    x_ptr,  # (num_rows, dim)
+    inverse_ptr,  # out (num_rows,) 1 / max(‖x‖, floor), 0 for a zero row
+    unit_ptr,  # out (num_rows, dim)
+    num_rows,
+    dim,
+    floor,
+    WRITES_UNIT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = rows < num_rows
+    x = load_rows(x_ptr, rows, inside, dim, BLOCK_DIM)
+    norm = tl.sqrt(tl.sum(x * x, axis=1))
+    inverse = tl.where(norm == 0.0, 0.0, 1.0 / tl.maximum(norm, floor))
+    tl.store(inverse_ptr + rows, inverse, mask=inside)
+    if WRITES_UNIT:
+        store_rows(unit_ptr, rows, inside, dim, x * inverse[:, None], BLOCK_DIM)
+
+
+@triton.jit
+def scale_rows_kernel(
+    x_ptr,  # (num_rows, dim)
+    factor_ptr,  # (num_rows,)
+    scaled_ptr,  # out (num_rows, dim)
+    num_rows,
+    dim,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = rows < num_rows
+    factor = tl.load(factor_ptr + rows, mask=inside, other=0.0)
+    x = load_rows(x_ptr, rows, inside, dim, BLOCK_DIM)
+    store_rows(scaled_ptr, rows, inside, dim, x * factor[:, None], BLOCK_DIM)
+
+
+@triton.jit
+def positive_kernel(
+    query_ptr,  # (num_rows, dim)
+    key_ptr,  # (M, dim)
+    query_inverse_ptr,  # (num_rows,)
+    key_inverse_ptr,  # (M,)
+    target_ptr,  # (num_rows,) int64
+    positive_ptr,  # out (num_rows,) the similarity of each row's target
+    num_rows,
+    dim,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = rows < num_rows
+    target = tl.load(target_ptr + rows, mask=inside, other=0)
+    query = load_rows(query_ptr, rows, inside, dim, BLOCK_DIM)
+    key = load_rows(key_ptr, target, inside, dim, BLOCK_DIM)
+    query_inverse = tl.load(query_inverse_ptr + rows, mask=inside, other=0.0)
+    key_inverse = tl.load(key_inverse_ptr + target, mask=inside, other=0.0)
+    tl.store(positive_ptr + rows, tl.sum(query * key, axis=1) * query_inverse * key_inverse, mask=inside)
+
+
+@triton.jit
+def add_partner(
+    grad,  # (BLOCK_ROWS, BLOCK_DIM)
+    partner_ptr,
+    partner_inverse_ptr,
+    partner,  # (BLOCK_ROWS,) index of the partner
+    coefficient,  # (BLOCK_ROWS,)
+    exists,  # (BLOCK_ROWS,) bool
+    dim,
+    BLOCK_DIM: tl.constexpr,
+):
+    """``grad + coefficient · partner's unit row``, where there is a partner."""
+    x = load_rows(partner_ptr, partner, exists, dim, BLOCK_DIM)
+    inverse = tl.load(partner_inverse_ptr + partner, mask=exists, other=0.0)
+    return grad + x * (coefficient * inverse)[:, None]
+
+
+@triton.jit
+def gradient_kernel(
+    product_ptr,  # (num_rows, dim) float32
+    factor_ptr,  # (num_rows,) of the product, with stride factor_stride
+    x_ptr,  # (num_rows, dim)
+    inverse_ptr,  # (num_rows,)
+    other_ptr,  # (num_others, dim) the other side's rows
+    other_inverse_ptr,  # (num_others,)
+    coefficient_ptr,  # the positive's: (num_rows,); with LISTED (num_others,)
+    partner_ptr,  # int64 (num_rows,); with LISTED (num_others,)
+    begin_ptr,  # (num_rows + 1,) int64
+    gradient_ptr,  # out (num_rows, dim)
+    num_rows,
+    num_others,
+    dim,
+    factor_stride,
+    floor,
+    PARTNER: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """``(I − x̂ x̂ᵀ) g / ‖x‖`` with g = factor · product + the positives' part."""
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = rows < num_rows
+    factor = tl.load(factor_ptr + rows * factor_stride, mask=inside, other=0.0)
+    grad = load_rows(product_ptr, rows, inside, dim, BLOCK_DIM) * factor[:, None]
+    if PARTNER == TARGET:
+        partner = tl.load(partner_ptr + rows, mask=inside, other=0)
+        coefficient = tl.load(coefficient_ptr + rows, mask=inside, other=0.0)
+        grad = add_partner(grad, other_ptr, other_inverse_ptr, partner, coefficient, inside, dim, BLOCK_DIM)
+    if PARTNER == SAME_INDEX:
+        exists = inside & (rows < num_others)
+        coefficient = tl.load(coefficient_ptr + rows, mask=exists, other=0.0)
+        grad = add_partner(grad, other_ptr, other_inverse_ptr, rows, coefficient, exists, dim, BLOCK_DIM)
+    if PARTNER == LISTED:
+        begin = tl.load(begin_ptr + rows, mask=inside, other=0)
+        count = tl.load(begin_ptr + rows + 1, mask=inside, other=0) - begin
+        for i in range(0, tl.max(count, axis=0)):
+            exists = inside & (i < count)
+            partner = tl.load(partner_ptr + begin + i, mask=exists, other=0)
+            coefficient = tl.load(coefficient_ptr + partner, mask=exists, other=0.0)
+            grad = add_partner(grad, other_ptr, other_inverse_ptr, partner, coefficient, exists, dim, BLOCK_DIM)
+
+    inverse = tl.load(inverse_ptr + rows, mask=inside, other=0.0)
+    unit = load_rows(x_ptr, rows, inside, dim, BLOCK_DIM) * inverse[:, None]
+    # A row below the floor has its length held constant: nothing is taken off along it. Its inverse norm is 1 / floor,
+    # give or take a rounding.
+    along = tl.where(inverse * floor > 0.999999, 0.0, tl.sum(grad * unit, axis=1))
+    store_rows(gradient_ptr, rows, inside, dim, (grad - along[:, None] * unit) * inverse[:, None], BLOCK_DIM)

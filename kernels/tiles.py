@@ -1,0 +1,94 @@
+"""How large a tile of similarities each architecture takes, and how the rows' kernels cut their rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One program's share of the similarities, and how it is run."""
+
+    rows: int  # queries
+    cols: int  # keys
+    depth: int  # dimensions loaded at a time
+    num_warps: int
+    num_stages: int
+    band: int = 8  # row tiles walked together down the columns, so that both operands stay in the level-2 cache
+
+    def options(self) -> dict[str, int]:
+        """The launch's keyword arguments."""
+        return {
+            "BLOCK_ROWS": self.rows,
+            "BLOCK_COLS": self.cols,
+            "BLOCK_DEPTH": self.depth,
+            "BAND": self.band,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+# Keyed by architecture and operand: "16 bit" (bfloat16, float16), "tf32", "fp32" (no matrix units: multiply-adds).
+# D = 384 to 1024 makes 6 to 16 steps in depth, so a tile's end weighs more than in a large product, and it needs
+# registers: similarities, exponentials and masks of a 128×128 tile take 160 to 220 of a thread's 255, and a 128×256
+# accumulator spills. What is known of each entry is in tests/kernels/test_aot.py: it compiles to matrix instructions,
+# fits, and doesn't spill. None has been timed yet.
+SIMILARITY_TILES: dict[tuple[str, str], Tile] = {
+    # 3 stages of 32 KB in flight, of 227 KB
+    ("sm_90", "16 bit"): Tile(128, 128, 64, num_warps=8, num_stages=3),
+    ("sm_90", "tf32"): Tile(128, 128, 32, num_warps=8, num_stages=3),
+    ("sm_100", "16 bit"): Tile(128, 128, 64, num_warps=8, num_stages=3),
+    ("sm_100", "tf32"): Tile(128, 64, 32, num_warps=8, num_stages=3),  # 128 columns spill
+    # operands pass through registers here, so half the depth and a stage more
+    ("sm_80", "16 bit"): Tile(128, 128, 32, num_warps=8, num_stages=4),
+    ("sm_80", "tf32"): Tile(128, 128, 16, num_warps=8, num_stages=3),
+    # 64 KB of local memory in all
+    ("gfx942", "16 bit"): Tile(128, 128, 64, num_warps=8, num_stages=2),
+    # each thread multiplies for itself: a small tile keeps the accumulator and both operands in registers
+    ("any", "fp32"): Tile(64, 64, 16, num_warps=4, num_stages=2),
+    # small enough for a test to cross every edge, large enough that it ends soon (0.6 ms a step whatever its size)
+    ("interpreter", "any"): Tile(32, 32, 32, num_warps=1, num_stages=1, band=2),
+}
+
+
+def similarity_tile(arch: str, operand: str) -> Tile:
+    """The tile for an architecture ("sm_90", "gfx942", "interpreter") and operand ("16 bit", "tf32", "fp32").
+
+    An architecture that has no entry takes the one before it that has: Blackwell's consumer cards (sm_120), with
+    101 KB of shared memory, and everything older than Hopper take sm_80's.
+    """
+    if arch == "interpreter":
+        return SIMILARITY_TILES["interpreter", "any"]
+    if operand == "fp32":
+        return SIMILARITY_TILES["any", "fp32"]
+    fallback = "gfx942" if arch.startswith("gfx") else "sm_80"
+    return SIMILARITY_TILES.get((arch, operand)) or SIMILARITY_TILES[fallback, operand]
+
+
+def narrow_tile(arch: str, operand: str) -> Tile:
+    """The tile where twice as many columns would spill: two exponentials for each similarity, or sums both ways."""
+    tile = similarity_tile(arch, operand)
+    return replace(tile, cols=tile.cols // 2) if tile.cols > 64 else tile
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """One program's share of a row-wise kernel: whole rows."""
+
+    rows: int
+    dim: int  # the rows' length, rounded up to a power of two
+    num_warps: int
+
+    def options(self) -> dict[str, int]:
+        """The launch's keyword arguments."""
+        return {"BLOCK_ROWS": self.rows, "BLOCK_DIM": self.dim, "num_warps": self.num_warps}
+
+
+ROW_TILE_ELEMENTS = 4096  # 16 to 32 a thread with 4 or 8 warps: wide loads, no spills
+
+
+def row_tile(dim: int) -> RowTile:
+    """Rows of up to 1024 are taken a few at a time, longer ones with more warps."""
+    padded = 1 << (dim - 1).bit_length()
+    rows = max(1, ROW_TILE_ELEMENTS // max(padded, 64))
+    return RowTile(rows, padded, num_warps=4 if padded <= 2048 else 8 if padded <= 16384 else 16)

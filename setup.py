@@ -1,0 +1,171 @@
+"""Builds the package and, inside it, the C++ extension hicl_fast._C from csrc/. All else is in pyproject.toml.
+
+Environment variables:
+    HICL_FAST_BUILD   auto     (default) build the extension; where there is no C++ compiler, warn and go on without it
+                      require  an error where the extension can't be built
+                      skip     don't build it
+    CXX               the C++ compiler; default: the first of c++, g++, clang++
+    CXXFLAGS          flags added to the compiler's
+    MAX_JOBS          compilations at a time; default: one a core
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, ExecError, PlatformError
+
+ROOT = Path(__file__).resolve().parent
+EXTENSION = "hicl_fast._C"
+MODES = ("auto", "require", "skip")
+
+# One binary for every PyTorch from 2.10 on (the stable ABI) and every Python from 3.10 on (the limited API).
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
+COMPILE_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", *DEFINES]
+TORCH_LIBRARIES = ["-ltorch_cpu", "-lc10"]
+
+# Sources named for an instruction set are compiled for it; the code in them runs only where the processor has it.
+INSTRUCTION_SETS = {
+    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+}
+
+# What the compiler is tried on first: that it runs, knows C++17 and finds Python's and PyTorch's headers.
+PROBE = "#include <Python.h>\n#include <torch/csrc/stable/library.h>\n"
+
+
+def build_mode() -> str:
+    mode = os.environ.get("HICL_FAST_BUILD", "auto")
+    if mode not in MODES:
+        raise PlatformError(f"HICL_FAST_BUILD: expected one of {', '.join(MODES)}, got {mode!r}")
+    return mode
+
+
+def find_compiler() -> list[str] | None:
+    """The C++ compiler's command, or None where there is none."""
+    asked = shlex.split(os.environ.get("CXX", ""))
+    if asked:
+        return asked if shutil.which(asked[0]) else None
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    return [found] if found else None
+
+
+def without_extension(reason: str) -> None:
+    """Says that the package goes without the extension, or stops where that was ruled out."""
+    if build_mode() == "require":
+        raise PlatformError(f"hicl-fast: {reason}; HICL_FAST_BUILD=require needs the C++ extension")
+    sys.stderr.write(f"hicl-fast: WARNING: {reason}: going on without the C++ backend `cpp`; `torch` does its work\n")
+
+
+def flags_of(source: Path) -> list[str] | None:
+    """The flags for a source's instruction set, or None where this machine's processors don't have it."""
+    for suffix, flags in INSTRUCTION_SETS.items():
+        if source.stem.endswith(suffix):
+            return flags if platform.machine() in ("x86_64", "AMD64") else None
+    return []
+
+
+def sources() -> list[Path]:
+    found = [ROOT / "csrc" / "module.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+    return [path.relative_to(ROOT) for path in found if flags_of(path) is not None]
+
+
+def torch_folder() -> Path:
+    """PyTorch's folder, found without the seconds that importing it takes."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.origin:
+        raise PlatformError(
+            "hicl-fast builds against the PyTorch already installed, and this Python has none. Install torch, then\n"
+            "    pip install --no-build-isolation .\n"
+            "(HICL_FAST_BUILD=skip installs without the C++ backend)"
+        )
+    return Path(spec.origin).parent
+
+
+def extensions() -> list[Extension]:
+    if build_mode() == "skip":
+        return []
+    if find_compiler() is None:
+        without_extension(f"no C++ compiler found (looked for {os.environ.get('CXX') or 'c++, g++, clang++'})")
+        return []
+    return [Extension(EXTENSION, [str(path) for path in sources()], py_limited_api=True)]
+
+
+def run(command: list[str], title: str) -> None:
+    sys.stdout.write(f"{title}\n")  # one write: several threads report here
+    if subprocess.run(command).returncode != 0:
+        raise CompileError(f"failed: {shlex.join(command)}\n(HICL_FAST_BUILD=skip installs without the C++ backend)")
+
+
+class BuildExtension(build_ext):
+    """Compiles each source with flags of its own, several at a time, and only what has changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        compiler = find_compiler()
+        if compiler is None:
+            raise ExecError("hicl-fast: no C++ compiler found")
+        torch = torch_folder()
+        includes = [f"-I{torch / 'include'}", f"-I{sysconfig.get_path('include')}", f"-I{ROOT / 'csrc'}"]
+        compile_command = [*compiler, *COMPILE_FLAGS, *includes, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        failure = self.probe(compile_command)
+        if failure:
+            without_extension(f"the C++ compiler {shlex.join(compiler)} does not build PyTorch extensions ({failure})")
+            ext.optional = True  # setuptools then doesn't look for the file
+            return
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            objects = list(pool.map(lambda source: self.compile(compile_command, Path(source)), ext.sources))
+        self.link([*compiler, f"-L{torch / 'lib'}"], objects, Path(self.get_ext_fullpath(ext.name)))
+
+    def probe(self, compile_command: list[str]) -> str:
+        """The compiler's first complaint about PROBE; empty where it has none."""
+        try:
+            tried = subprocess.run(
+                [*compile_command, "-fsyntax-only", "-x", "c++", "-"], input=PROBE, capture_output=True, text=True
+            )
+        except OSError as error:
+            return str(error)
+        if tried.returncode == 0:
+            return ""
+        lines = tried.stderr.splitlines()
+        complaints = [line for line in lines if "error" in line.lower()] or lines
+        return complaints[0].strip() if complaints else f"it exits with status {tried.returncode}"
+
+    def compile(self, compile_command: list[str], source: Path) -> Path:
+        target = Path(self.build_temp) / source.with_suffix(".o")
+        prerequisites = [source, ROOT / "setup.py", *(ROOT / "csrc").rglob("*.h")]
+        if self.force or not target.exists() or target.stat().st_mtime < max(p.stat().st_mtime for p in prerequisites):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            compilation = [*(flags_of(source) or []), "-c", str(source)]
+            run([*compile_command, *compilation, "-o", str(target)], f"compile {source}")
+        return target
+
+    def link(self, linker: list[str], objects: list[Path], target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        run([*linker, *shared, *map(str, objects), *TORCH_LIBRARIES, "-o", str(target)], f"link {target}")
+
+
+os.chdir(ROOT)
+# kernels/ lies beside the package and is installed inside it.
+setup(
+    packages=[
+        *find_packages(include=["hicl_fast", "hicl_fast.*"]),
+        "hicl_fast.kernels",
+        *(f"hicl_fast.kernels.{name}" for name in find_packages("kernels")),
+    ],
+    package_dir={"hicl_fast": "hicl_fast", "hicl_fast.kernels": "kernels"},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

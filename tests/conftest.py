@@ -1,0 +1,41 @@
+"""What every test shares: which tests run on this machine, and where the data lies."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+# No deadline: times on a shared machine say nothing about right or wrong.
+hypothesis.settings.register_profile("hicl_fast", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("hicl_fast")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests that can't run here."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    hindrances = {
+        "gpu": "" if torch.cuda.is_available() else "needs a GPU",
+        "triton": "" if has_triton else "needs Triton",
+        "interpret": "" if has_triton and INTERPRETING else "needs Triton and TRITON_INTERPRET=1: make test-interpret",
+    }
+    for item in items:
+        for marker, hindrance in hindrances.items():
+            if hindrance and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=hindrance))
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The optional folder of STS tasks and English text: $HICL_FAST_DATA, else ../shared/data beside the checkout."""
+    folder = Path(os.environ.get("HICL_FAST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data in {folder}; HICL_FAST_DATA names the folder")
+    return folder

@@ -1,0 +1,177 @@
+"""Every kernel compiles for every architecture, without spills, within its shared memory, onto its matrix units.
+
+``pytest -s`` prints the table. Needs Triton, and no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+from hicl_fast.kernels import rows, segment_pool, similarity  # noqa: E402
+from hicl_fast.kernels.tiles import RowTile, narrow_tile, row_tile, similarity_tile  # noqa: E402
+
+from tests.conftest import INTERPRETING
+from tests.kernels.aot import SHARED_MEMORY_LIMIT, TARGETS, Resources, compile_for, resources_of  # noqa: E402
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.slow,
+    pytest.mark.skipif(INTERPRETING, reason="the interpreter has taken the compiler's place"),
+]
+
+# The pointers' types; the operands' is filled in.
+OPERANDS = ("query_ptr", "key_ptr", "exp_ptr", "slope_ptr", "x_ptr", "unit_ptr", "scaled_ptr", "other_ptr")
+INDICES = ("special_ptr", "query_group_ptr", "key_group_ptr", "target_ptr", "partner_ptr", "begin_ptr", "offsets_ptr")
+FLOATS = ("own_bias", "amplitude", "floor")
+
+# With every feature on, a kernel needs the most; plain is what the plain loss runs.
+FEATURES = {
+    "exp, plain": (similarity.exp_kernel, {"SPECIAL": 1, "GROUPS": 0, "WANTS_DOT": False}),
+    "exp, groups": (similarity.exp_kernel, {"SPECIAL": 1, "GROUPS": 1, "WANTS_DOT": True}),
+    "exp, own bias": (similarity.exp_kernel, {"SPECIAL": 2, "GROUPS": 0, "WANTS_DOT": True}),
+    "statistics": (similarity.statistics_kernel, {"SPECIAL": 1, "GROUPS": 0, "HAS_COLUMNS": False}),
+    "statistics, symmetric": (similarity.statistics_kernel, {"SPECIAL": 1, "GROUPS": 1, "HAS_COLUMNS": True}),
+    "statistics, positives": (similarity.statistics_kernel, {"SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": False}),
+    "slopes, symmetric": (similarity.slope_kernel, {"SPECIAL": 1, "GROUPS": 1, "HAS_COLUMNS": True, "WANTS_DOT": True}),
+    "slopes, positives": (
+        similarity.slope_kernel,
+        {"SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": False, "WANTS_DOT": True},
+    ),
+}
+# Operand in the tile table -> its Triton type and how it is multiplied.
+PRODUCTS = {"16 bit": ("bf16", "ieee"), "tf32": ("fp32", "tf32"), "fp32": ("fp32", "ieee")}
+CONFIGURATIONS = [
+    (arch, operand) for arch in TARGETS for operand in PRODUCTS if not (arch == "gfx942" and operand == "tf32")
+]
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[list[str]]:
+    """Lines of the table, printed at the end."""
+    kernel = f"{'architecture':<14}{'operand':<9}{'kernel':<26}"
+    lines = [kernel + f"{'registers':>9}{'spills':>8}{'shared':>9}{'matrix ops':>12}"]
+    yield lines
+    print("\n" + "\n".join(lines))
+
+
+def _types(names: list[str], operand: str) -> dict[str, str]:
+    types = {name: "*fp32" for name in names if name.endswith("_ptr")}
+    types |= dict.fromkeys(OPERANDS, f"*{operand}") | dict.fromkeys(INDICES, "*i64") | dict.fromkeys(FLOATS, "fp32")
+    return types
+
+
+def _check(arch: str, operand: str, name: str, needs: Resources, table: list[str]) -> None:
+    table.append(
+        f"{arch:<14}{operand:<9}{name:<26}{needs.registers:>9}{needs.spills:>8}{needs.shared:>9}"
+        f"{needs.matrix_instructions:>12}"
+    )
+    assert needs.spills == 0
+    assert needs.shared <= SHARED_MEMORY_LIMIT[arch]
+
+
+def _compile_similarity(arch: str, operand: str, name: str) -> Any:
+    kernel, features = FEATURES[name]
+    is_narrow = kernel is similarity.slope_kernel or features.get("HAS_COLUMNS", False)
+    tile = (narrow_tile if is_narrow else similarity_tile)(arch, operand)
+    element, precision = PRODUCTS[operand]
+    blocks = {key: value for key, value in tile.options().items() if key not in ("num_warps", "num_stages")}
+    constants = {**features, **blocks, "PRECISION": precision}
+    return compile_for(arch, kernel, _types(kernel.arg_names, element), constants, tile.num_warps, tile.num_stages)
+
+
+@pytest.mark.parametrize(("arch", "operand"), CONFIGURATIONS)
+def test_similarity_kernels(arch: str, operand: str, table: list[str]) -> None:
+    names = list(FEATURES) if operand == "16 bit" else ["exp, groups", "statistics, symmetric", "slopes, symmetric"]
+    for name in names:
+        compiled = _compile_similarity(arch, operand, name)
+        needs = resources_of(compiled)
+        _check(arch, operand, name, needs, table)
+        assert (needs.matrix_instructions > 0) == (operand != "fp32" or arch == "gfx942")
+        if arch == "sm_90" and operand == "16 bit":
+            assert "wgmma.mma_async" in compiled.asm["ptx"]
+
+
+ROW_KERNELS = {
+    "normalise": (rows.normalise_kernel, {"WRITES_UNIT": True}),
+    "scale rows": (rows.scale_rows_kernel, {}),
+    "positive": (rows.positive_kernel, {}),
+    "gradient, same index": (rows.gradient_kernel, {"PARTNER": 2}),
+    "gradient, listed": (rows.gradient_kernel, {"PARTNER": 3}),
+}
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("dim", [768, 4096])
+def test_row_kernels(arch: str, dim: int, table: list[str]) -> None:
+    tile: RowTile = row_tile(dim)
+    for name, (kernel, features) in ROW_KERNELS.items():
+        if dim == 4096 and "listed" not in name:
+            continue  # the one that keeps most in registers stands for the others
+        constants = {**features, "BLOCK_ROWS": tile.rows, "BLOCK_DIM": tile.dim}
+        compiled = compile_for(arch, kernel, _types(kernel.arg_names, "bf16"), constants, tile.num_warps)
+        _check(arch, f"D={dim}", name, resources_of(compiled), table)
+
+
+POOL_KERNELS = {
+    "pool": (segment_pool.pool_kernel, {"HAS_WEIGHTS": True}, 512),
+    "pool, to segments": (segment_pool.segments_gradient_kernel, {"HAS_WEIGHTS": True}, 512),
+    "pool, to weights": (segment_pool.weights_gradient_kernel, {}, 1024),
+}
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_pool_kernels(arch: str, table: list[str]) -> None:
+    for name, (kernel, features, block_dim) in POOL_KERNELS.items():
+        constants = {**features, "SUM_TYPE": tl.float32, "BLOCK_DIM": block_dim}
+        compiled = compile_for(arch, kernel, _types(kernel.arg_names, "bf16"), constants, num_warps=4)
+        _check(arch, "fp32", name, resources_of(compiled), table)
+
+
+# A launch makes constants of integers that are 1 and of pointers that are None: code of its own for every such call.
+ALONE = {
+    "num_rows": 1,
+    "num_cols": 1,
+    "num_others": 1,
+    "dim": 1,
+    "exp_stride": 1,
+    "slope_stride": 1,
+    "factor_stride": 1,
+}
+LEFT_OUT = {
+    "exp": (similarity.exp_kernel, {"SPECIAL": 0, "GROUPS": 0, "WANTS_DOT": False}, ["special_ptr"]),
+    "statistics": (
+        similarity.statistics_kernel,
+        {"SPECIAL": 1, "GROUPS": 0, "HAS_COLUMNS": False},
+        ["column_partials_ptr"],
+    ),
+    "slopes": (
+        similarity.slope_kernel,
+        {"SPECIAL": 1, "GROUPS": 0, "HAS_COLUMNS": False, "WANTS_DOT": False},
+        ["column_offset_ptr", "column_factor_ptr", "positives_share_ptr"],
+    ),
+    "normalise": (rows.normalise_kernel, {"WRITES_UNIT": False}, ["unit_ptr"]),
+    "gradient": (rows.gradient_kernel, {"PARTNER": 0}, ["coefficient_ptr", "partner_ptr", "begin_ptr"]),
+    "pool": (segment_pool.pool_kernel, {"HAS_WEIGHTS": False, "SUM_TYPE": tl.float32}, ["weights_ptr"]),
+    "pool, to segments": (
+        segment_pool.segments_gradient_kernel,
+        {"HAS_WEIGHTS": False, "SUM_TYPE": tl.float64},
+        ["weights_ptr"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(LEFT_OUT))
+def test_arguments_that_are_one_or_none(name: str) -> None:
+    kernel, features, absent = LEFT_OUT[name]
+    groups = ["query_group_ptr", "key_group_ptr"]
+    blocks = {**narrow_tile("sm_90", "16 bit").options(), "BLOCK_DIM": 64, "PRECISION": "ieee"}
+    constants = {**features, **ALONE, **blocks, **dict.fromkeys([*absent, *groups])}
+    taken = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    compiled = compile_for("sm_90", kernel, _types(kernel.arg_names, "bf16"), taken, num_warps=8)
+    assert resources_of(compiled).spills == 0

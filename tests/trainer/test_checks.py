@@ -1,0 +1,60 @@
+"""``--check_every``: quiet on right losses, and words with a size on wrong ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import hicl_fast.functional as HF
+from hicl_fast import reference
+from hicl_fast.trainer.checks import LossMismatch, check_loss
+
+
+def embeddings(rows: int, width: int, spread: float) -> Tensor:
+    """Two views of rows that point the same way but for noise of the given size. (2 · rows, width)"""
+    generator = torch.Generator().manual_seed(rows)
+    first = torch.randn(rows, width, generator=generator)
+    return torch.cat([first, first + spread * torch.randn(rows, width, generator=generator)])
+
+
+def fused(temperature: float, error: float = 0.0):
+    def loss(rows: Tensor) -> Tensor:
+        return HF.info_nce(*rows.chunk(2), temperature=temperature * (1 + error))
+
+    return loss
+
+
+def exact(temperature: float):
+    def loss(rows: Tensor) -> Tensor:
+        return reference.info_nce(*rows.chunk(2), temperature=temperature)
+
+    return loss
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.05, 1.0])
+@pytest.mark.parametrize(("rows", "spread"), [(1, 1.0), (2, 0.01), (67, 0.1), (67, 5.0)])
+def test_right_losses_pass(temperature: float, rows: int, spread: float) -> None:
+    check_loss(fused(temperature), exact(temperature), embeddings(rows, 48, spread), step=0)
+
+
+@pytest.mark.parametrize("spread", [1.0, 5.0])
+def test_wrong_temperature_is_caught(spread: float) -> None:
+    with pytest.raises(LossMismatch, match=r"step 30: the fused loss differs from the float64 reference by \d.*rounding explains \d"):
+        check_loss(fused(0.05, error=1e-3), exact(0.05), embeddings(67, 48, spread), step=30)
+
+
+def test_wrong_gradient_alone_is_caught() -> None:
+    def half_detached(rows: Tensor) -> Tensor:
+        query, key = rows.chunk(2)
+        return HF.info_nce(query, key.detach()) + 0.0 * key.sum()
+
+    with pytest.raises(LossMismatch, match="the fused gradient differs"):
+        check_loss(half_detached, exact(0.05), embeddings(67, 48, 1.0), step=0)
+
+
+def test_nan_is_caught() -> None:
+    rows = embeddings(8, 16, 1.0)
+    rows[3, 3] = torch.nan
+    with pytest.raises(LossMismatch, match="nan"):
+        check_loss(fused(0.05), exact(0.05), rows, step=0)

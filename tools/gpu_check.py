@@ -1,0 +1,185 @@
+"""``make gpu-check``: what only a machine with a GPU can check. It needs no network.
+
+Runs with the PyTorch of the Python it is started with. In turn, each under a time limit, under nine minutes together:
+the build of the extension, ``python -m hicl_fast.info``, the tests marked gpu, the benchmark, and the tests marked
+sanitizer under compute-sanitizer. A step that fails does not keep the later ones from running.
+
+Writes into $OUT (default build/gpu-check): gpu-check.log, gpu-check.json, loss_throughput.json, loss_throughput.png.
+
+Exit status: 0 where every step passed, 1 where one failed, 77 where there is no GPU to check on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import venv
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = ROOT / "build" / "gpu-check-env"
+PYTHON = ENVIRONMENT / "bin" / "python"
+
+NO_GPU = 77
+TOTAL_SECONDS = 520
+NO_TESTS = 5  # pytest's exit status where it selects none
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command and the seconds that it may take. ``empty_status`` is the exit status that says: nothing to do."""
+
+    name: str
+    command: list[str]
+    seconds: float
+    empty_status: int | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a step ended: "passed", "failed", "out of time" or, with the reason in ``note``, "left out"."""
+
+    name: str
+    outcome: str
+    seconds: float
+    note: str = ""
+
+
+class Report:
+    """Writes to the terminal and to the log at once."""
+
+    def __init__(self, log: TextIO) -> None:
+        self._log = log
+
+    def write(self, text: str) -> None:
+        for stream in (sys.stdout, self._log):
+            stream.write(text)
+            stream.flush()
+
+
+def find_gpu() -> str:
+    """The GPU's name, or an empty string after a line that says why there is none."""
+    if importlib.util.find_spec("torch") is None:
+        print(f"gpu-check: {sys.executable} has no PyTorch; name one that has with make gpu-check PYTHON=...")
+        return ""
+    import torch
+
+    if not torch.cuda.is_available():
+        print(f"gpu-check: PyTorch {torch.__version__} sees no GPU on this machine")
+        return ""
+    return torch.cuda.get_device_name()
+
+
+def make_environment() -> None:
+    """A virtual environment over the packages of this Python, so that nothing is installed among them."""
+    venv.create(ENVIRONMENT, clear=True, symlinks=True)
+    site_packages = next((ENVIRONMENT / "lib").glob("python*/site-packages"))
+    below = [path for path in sys.path if path.endswith("-packages")]
+    lines = [f"import site; site.addsitedir({path!r})" for path in below]
+    (site_packages / "packages_below.pth").write_text("\n".join(lines) + "\n")
+
+
+def steps(out: Path) -> list[Step | Result]:
+    python, pytest = str(PYTHON), [str(PYTHON), "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    install = ["-m", "pip", "install", "-v", "--no-index", "--no-deps", "--no-build-isolation", "--editable", "."]
+    throughput = ["--json", str(out / "loss_throughput.json"), "--plot", str(out / "loss_throughput.png")]
+    return [
+        Step("build", [python, *install], 120),
+        Step("info", [python, "-m", "hicl_fast.info"], 60),
+        Step("tests", [*pytest, "-m", "gpu"], 200),
+        Step("benchmark", [python, "benchmarks/loss_throughput.py", "--device", "cuda", *throughput], 240),
+        sanitizer([*pytest, "-m", "sanitizer"]),
+    ]
+
+
+def sanitizer(tests: list[str]) -> Step | Result:
+    """compute-sanitizer over the tests marked for it: finds reads and writes outside an allocation."""
+    program = shutil.which("compute-sanitizer", path=os.environ.get("PATH", "") + os.pathsep + "/usr/local/cuda/bin")
+    if program is None:
+        return Result("sanitizer", "left out", 0.0, "compute-sanitizer is not installed")
+    options = ["--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
+    return Step("sanitizer", [program, *options, *tests], 120, empty_status=NO_TESTS)
+
+
+def run(step: Step, seconds_left: float, report: Report) -> Result:
+    """Runs a step, its output reported as it comes; ends it and all that it started when its time is up."""
+    limit = min(step.seconds, seconds_left)
+    report.write(f"\n== {step.name} (at most {limit:.0f} s): {shlex.join(step.command)}\n")
+    environment = {
+        **os.environ,
+        "HICL_FAST_BUILD": "require",
+        "PYTHONUNBUFFERED": "1",
+        # Every tensor an allocation of its own: the sanitizer then sees where each ends.
+        **({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if step.name == "sanitizer" else {}),
+    }
+    began = time.monotonic()
+    process = subprocess.Popen(
+        step.command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    out_of_time = threading.Event()
+
+    def end() -> None:
+        out_of_time.set()
+        os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(limit, end)
+    timer.start()
+    assert process.stdout is not None
+    for line in process.stdout:
+        report.write(line)
+    status = process.wait()
+    timer.cancel()
+    seconds = round(time.monotonic() - began, 1)
+    if out_of_time.is_set():
+        return Result(step.name, "out of time", seconds, f"ended after {limit:.0f} s")
+    if status == step.empty_status:
+        return Result(step.name, "left out", seconds, "nothing to do")
+    return Result(step.name, "failed" if status else "passed", seconds, f"exit status {status}" if status else "")
+
+
+def main() -> int:
+    began = time.monotonic()
+    gpu = find_gpu()
+    if not gpu:
+        return NO_GPU
+    out = Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check").resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    make_environment()
+    results = []
+    with open(out / "gpu-check.log", "w") as log:
+        report = Report(log)
+        report.write(f"gpu-check on {gpu}, Python {sys.version.split()[0]}\n")
+        for step in steps(out):
+            if isinstance(step, Step):
+                step = run(step, TOTAL_SECONDS - (time.monotonic() - began), report)
+            results.append(step)
+        report.write("\n")
+        for result in results:
+            report.write(
+                f"{result.name:<12}{result.outcome:<14}{result.seconds:>6.1f} s  {result.note}".rstrip() + "\n"
+            )
+    good = all(result.outcome in ("passed", "left out") for result in results)
+    summary = {"gpu": gpu, "passed": good, "steps": [asdict(result) for result in results]}
+    (out / "gpu-check.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
