@@ -45,7 +45,9 @@ def index_vector(name: str, value: Tensor, length: int, what: str, like: Tensor)
 
 def same_device(name: str, value: Tensor, like: Tensor) -> None:
     if value.device != like.device:
-        raise ValueError(f"{name}: expected a tensor on {like.device}, where the first argument is, got {describe(value)}")
+        raise ValueError(
+            f"{name}: expected a tensor on {like.device}, where the first argument is, got {describe(value)}"
+        )
 
 
 def one_of(name: str, value: object, allowed: Collection[str]) -> None:

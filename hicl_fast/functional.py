@@ -127,7 +127,9 @@ def info_nce_with_statistics(
         raise ValueError(f"margin: expected an angle in radians, at least 0 and below π, got {margin!r}")
     if hard_negative_weight != 0.0 and (negatives is None or negatives.shape[0] != query.shape[0]):
         came = "no negatives" if negatives is None else f"{negatives.shape[0]} negatives"
-        raise ValueError(f"hard_negative_weight: expected one negative for each of the {query.shape[0]} queries, got {came}")
+        raise ValueError(
+            f"hard_negative_weight: expected one negative for each of the {query.shape[0]} queries, got {came}"
+        )
     if symmetric and (query.shape[0] != key.shape[0] or target is not None):
         came = f"{query.shape[0]} queries and {key.shape[0]} keys" if target is None else "a target"
         raise ValueError(f"symmetric: expected as many queries as keys and no target, got {came}")
@@ -185,7 +187,9 @@ def segment_pool(
     check.same_device("offsets", offsets, segments)
     if weights is not None:
         if not isinstance(weights, Tensor):
-            raise TypeError(f"weights: expected a tensor of shape ({segments.shape[0]},), got {check.describe(weights)}")
+            raise TypeError(
+                f"weights: expected a tensor of shape ({segments.shape[0]},), got {check.describe(weights)}"
+            )
         if weights.shape != segments.shape[:1]:
             raise ValueError(
                 f"weights: expected shape ({segments.shape[0]},), one for each segment, got {check.describe(weights)}"
@@ -235,7 +239,9 @@ def _scale(temperature: float | Tensor, query: Tensor) -> Tensor:
         if temperature.dim() != 0 or not temperature.is_floating_point():
             raise ValueError(f"temperature: expected a number or a 0-d tensor, got {check.describe(temperature)}")
         if temperature.device != query.device and temperature.device.type != "cpu":
-            raise ValueError(f"temperature: expected a tensor on {query.device} or cpu, got {check.describe(temperature)}")
+            raise ValueError(
+                f"temperature: expected a tensor on {query.device} or cpu, got {check.describe(temperature)}"
+            )
         return temperature.to(torch.promote_types(temperature.dtype, torch.float32)).reciprocal()
     check.positive_number("temperature", temperature)
     return _constant(1.0 / temperature)

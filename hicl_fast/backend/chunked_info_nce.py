@@ -136,7 +136,9 @@ class _Sweep:
         logits = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
         target = (
-            torch.arange(rows.start, rows.stop, device=logits.device) if problem.target is None else problem.target[rows]
+            torch.arange(rows.start, rows.stop, device=logits.device)
+            if problem.target is None
+            else problem.target[rows]
         )
         positive = logits.gather(1, target[:, None]).squeeze(1) / scale
         with_margin, slope = self.margin(positive)
@@ -238,9 +240,7 @@ class _Sweep:
     def gradients(self) -> Gradients:
         columns = [
             unit.gradient(grad) if is_wanted else grad
-            for unit, grad, is_wanted in zip(
-                self.unit_columns, self.column_grads, self.column_is_wanted, strict=False
-            )
+            for unit, grad, is_wanted in zip(self.unit_columns, self.column_grads, self.column_is_wanted, strict=False)
         ]
         negatives_grad = columns[1] if len(columns) > 1 else self.scale.new_empty(0)
         return Gradients(self.query_grad, columns[0], negatives_grad, self.extra_grad, self.scale_grad)

@@ -77,7 +77,9 @@ def choose(operator: str, asked: str, device_type: str) -> str:
         refusal = _refusal(asked, device_type)
         if refusal:
             able = [name for name in NAMES if not _refusal(name, device_type)]
-            raise BackendError(f"backend {asked!r} can't run {operator} here: {refusal}. Those that can: {', '.join(able)}")
+            raise BackendError(
+                f"backend {asked!r} can't run {operator} here: {refusal}. Those that can: {', '.join(able)}"
+            )
         return asked
     return _preferred(device_type)
 

@@ -53,7 +53,7 @@ class InputGradients:
                 self._column_products[i] = matmul(slope.T, scaled_query, onto=self._column_products[i])
 
     def columns(self, factor: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of key (M, D) and negatives (P, D), from the factor (1,) that undoes the scaled query's and coefficients (N,)."""
+        """Gradients of key (M, D) and negatives (P, D); ``factor`` (1,) undoes the scaled query's, coefficient (N,)."""
         operands, problem = self._operands, self._operands.problem
         by_target = operands.rows_by_target if self._column_is_wanted[0] else None
         index, begin = (None, None) if by_target is None else by_target

@@ -36,7 +36,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hicl_fast.evaluation", description=__doc__)
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="a folder the trainer wrote, or any encoder transformers can load")
-    add("--data_dir", required=True, type=Path, help="SentEval's data folder, which holds downstream/STS and downstream/SICK")
+    add(
+        "--data_dir",
+        required=True,
+        type=Path,
+        help="SentEval's data folder, which holds downstream/STS and downstream/SICK",
+    )
     names = [*TASKS, DEVELOPMENT_TASK]
     add("--tasks", nargs="+", choices=names, default=list(TASKS), metavar="TASK", help=f"out of: {', '.join(names)}")
     add("--pooler_type", choices=sorted(POOLERS), help="default: what the model's config records, otherwise avg")

@@ -39,7 +39,9 @@ def find_root(data_dir: str | Path) -> Path:
     for root in (Path(data_dir) / "downstream", Path(data_dir)):
         if (root / "STS").is_dir() or (root / "SICK").is_dir():
             return root
-    raise FileNotFoundError(f"data_dir: expected SentEval's folder with downstream/STS and downstream/SICK, got {data_dir}")
+    raise FileNotFoundError(
+        f"data_dir: expected SentEval's folder with downstream/STS and downstream/SICK, got {data_dir}"
+    )
 
 
 def read_task(root: Path, name: str) -> Task | None:
@@ -70,7 +72,9 @@ def _subset_pairs(input_path: Path) -> Iterator[tuple[str, str, float]]:
         raise ValueError(f"{gold_path}: expected the gold scores of {input_path.name}, but there is no such file")
     texts, scores = _lines(input_path), _lines(gold_path)
     if len(texts) != len(scores):
-        raise ValueError(f"{gold_path}: expected {len(texts)} scores, one for each line of {input_path.name}, got {len(scores)}")
+        raise ValueError(
+            f"{gold_path}: expected {len(texts)} scores, one for each line of {input_path.name}, got {len(scores)}"
+        )
     for number, (text, score) in enumerate(zip(texts, scores, strict=True), start=1):
         if not score.strip():
             continue
@@ -99,7 +103,9 @@ def _lines(path: Path) -> list[str]:
 def _columns(line: str, at_least: int, path: Path, number: int) -> list[str]:
     columns = line.split("\t")
     if len(columns) < at_least:
-        raise ValueError(f"{path}, line {number}: expected at least {at_least} columns between tabs, got {len(columns)}")
+        raise ValueError(
+            f"{path}, line {number}: expected at least {at_least} columns between tabs, got {len(columns)}"
+        )
     return columns
 
 

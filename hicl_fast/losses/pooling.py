@@ -36,7 +36,9 @@ class SegmentPooling(nn.Module):
         if self.pooling == "mean":
             return HF.segment_pool(segments, offsets, backend=self.backend)
         if lengths is None:
-            raise ValueError('lengths: expected the number of tokens of each segment, as pooling="length" needs, got None')
+            raise ValueError(
+                'lengths: expected the number of tokens of each segment, as pooling="length" needs, got None'
+            )
         return HF.segment_pool(segments, offsets, lengths, backend=self.backend)
 
     def extra_repr(self) -> str:

@@ -49,7 +49,9 @@ class NegativeQueue(nn.Module):
         if self.storage.numel() == 0:
             self.storage = rows.new_zeros(self.size, rows.shape[1])
         if rows.shape[1] != self.storage.shape[1]:
-            raise ValueError(f"rows: expected length {self.storage.shape[1]}, as pushed before, got {check.describe(rows)}")
+            raise ValueError(
+                f"rows: expected length {self.storage.shape[1]}, as pushed before, got {check.describe(rows)}"
+            )
         # A new tensor, not an edit: the old one may be saved for a backward pass that is still to come.
         storage, begin = self.storage.clone(), self._count() % self.size
         until_end = min(self.size - begin, rows.shape[0])

@@ -39,7 +39,9 @@ def _check_values(segments: Tensor, offsets: Tensor) -> None:
         at = int(length.argmin())
         begin, end = int(offsets[at]), int(offsets[at + 1])
         what = "is empty" if begin == end else "falls"
-        raise ValueError(f"offsets: expected at least one segment in every sequence; sequence {at} {what}: {begin}:{end}")
+        raise ValueError(
+            f"offsets: expected at least one segment in every sequence; sequence {at} {what}: {begin}:{end}"
+        )
 
 
 def _run(segments: Tensor, offsets: Tensor, weights: Tensor | None, backend: str) -> Tensor:

@@ -30,7 +30,9 @@ class ModelArguments:
     def __post_init__(self) -> None:
         _check_choice("pooler_type", self.pooler_type, POOLERS)
         if self.mlp_only_train and self.pooler_type != "cls":
-            raise ValueError(f"mlp_only_train: expected --pooler_type cls, the one with an MLP, got {self.pooler_type!r}")
+            raise ValueError(
+                f"mlp_only_train: expected --pooler_type cls, the one with an MLP, got {self.pooler_type!r}"
+            )
 
 
 @dataclass

@@ -10,7 +10,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 
-def choose_checkpoint(output_dir: str | Path, resume_from: str | None, *, world_size: int = 1, overwrite: bool = False) -> Path | None:
+def choose_checkpoint(
+    output_dir: str | Path, resume_from: str | None, *, world_size: int = 1, overwrite: bool = False
+) -> Path | None:
     """The checkpoint that ``--resume_from_checkpoint`` means; None to start from the beginning.
 
     Raises:

@@ -32,7 +32,14 @@ def check_loss(
     rows = embeddings.shape[0]
     untrained_gradient = 1.0 / (rows * float(embeddings.detach().double().norm(dim=1).mean()) + 1e-30)
     _compare("loss", step, fused_loss, float_loss, exact_loss, size=1.0 + abs(float(exact_loss)))
-    _compare("gradient", step, fused_gradient, float_gradient, exact_gradient, size=float(exact_gradient.abs().max()) + untrained_gradient)
+    _compare(
+        "gradient",
+        step,
+        fused_gradient,
+        float_gradient,
+        exact_gradient,
+        size=float(exact_gradient.abs().max()) + untrained_gradient,
+    )
 
 
 def _loss_and_gradient(loss_of: Callable[[Tensor], Tensor], embeddings: Tensor) -> tuple[Tensor, Tensor]:

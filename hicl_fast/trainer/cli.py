@@ -52,7 +52,9 @@ def train(argv: list[str] | None = None) -> dict[str, float | None]:
         ValueError, OSError: an argument or a file is not as expected.
         LossMismatch: ``--check_every`` found the fused loss wrong.
     """
-    parser = HfArgumentParser((ModelArguments, DataArguments, MethodArguments, TrainingArguments), prog="python -m hicl_fast.trainer")  # type: ignore[arg-type]
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, MethodArguments, TrainingArguments), prog="python -m hicl_fast.trainer"
+    )  # type: ignore[arg-type]
     args = Arguments(*parser.parse_args_into_dataclasses(argv))
     trainer, checkpoint = build(args)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -99,7 +101,9 @@ def read_development_task(args: Arguments) -> Task | None:
     """STS-B dev, which is scored during training; missing data is found out before training, not hours into it."""
     if args.data.data_dir is None:
         if args.training.eval_strategy != "no":
-            raise ValueError("data_dir: expected SentEval's data folder, as --eval_strategy and --eval_steps need, got none")
+            raise ValueError(
+                "data_dir: expected SentEval's data folder, as --eval_strategy and --eval_steps need, got none"
+            )
         return None
     task = read_task(find_root(args.data.data_dir), DEVELOPMENT_TASK)
     if task is None and args.training.eval_strategy != "no":
@@ -110,7 +114,10 @@ def read_development_task(args: Arguments) -> Task | None:
 def choose_checkpoint(args: Arguments, output_dir: Path) -> Path | None:
     training = args.training
     checkpoint = checkpoints.choose_checkpoint(
-        output_dir, training.resume_from_checkpoint, world_size=training.world_size, overwrite=training.overwrite_output_dir
+        output_dir,
+        training.resume_from_checkpoint,
+        world_size=training.world_size,
+        overwrite=training.overwrite_output_dir,
     )
     if checkpoint is None and training.process_index == 0:
         checkpoints.delete_checkpoints(output_dir)

@@ -50,11 +50,18 @@ class SentenceEncoder:
         shortest = tokenizer.num_special_tokens_to_add() + 1
         if not shortest <= self.segment_length <= longest:
             name = "max_seq_length" if segment_length is None else "segment_length"
-            raise ValueError(f"{name}: expected {shortest} to {longest} tokens, as the model takes, got {self.segment_length}")
+            raise ValueError(
+                f"{name}: expected {shortest} to {longest} tokens, as the model takes, got {self.segment_length}"
+            )
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, *, pooler_type: str | None = None, device: str | None = None, **options: int | None
+        cls,
+        name_or_path: str | Path,
+        *,
+        pooler_type: str | None = None,
+        device: str | None = None,
+        **options: int | None,
     ) -> SentenceEncoder:
         """Opens a folder the trainer wrote, or any encoder transformers can load; the pooler type is read from its config."""
         model, pooler_type = load_encoder(name_or_path, pooler_type)
@@ -63,7 +70,11 @@ class SentenceEncoder:
 
     @property
     def description(self) -> str:
-        cut = f"segments of {self.segment_length} tokens" if self.max_segments > 1 else f"at most {self.segment_length} tokens"
+        cut = (
+            f"segments of {self.segment_length} tokens"
+            if self.max_segments > 1
+            else f"at most {self.segment_length} tokens"
+        )
         return f"{self.pooler_type} pooling, {cut}"
 
     @torch.no_grad()

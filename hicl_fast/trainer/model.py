@@ -38,7 +38,9 @@ def load_encoder(name_or_path: str | Path, pooler_type: str | None = None) -> tu
     pooler_type = pooler_type or recorded or DEFAULT_POOLER
     lacking = sorted(key for key in missing if not key.startswith("pooler."))
     if lacking:
-        raise ValueError(f"model_name_or_path: expected all weights in {name_or_path}, but {', '.join(lacking[:3])} … are missing")
+        raise ValueError(
+            f"model_name_or_path: expected all weights in {name_or_path}, but {', '.join(lacking[:3])} … are missing"
+        )
     if pooler_type == "cls":
         _pooler_layer(encoder)
     elif getattr(encoder, "pooler", None) is not None:
@@ -71,7 +73,9 @@ def write_sentence_transformers_files(
         return False
     folder, width = Path(folder), encoder.config.hidden_size
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_tokens(encoder, tokenizer), "do_lower_case": False})
+    _write_json(
+        folder / "sentence_bert_config.json", {"max_seq_length": max_tokens(encoder, tokenizer), "do_lower_case": False}
+    )
     _write_json(
         folder / "1_Pooling" / "config.json",
         {
@@ -124,7 +128,9 @@ def _write_dense(layer: nn.Linear, folder: Path) -> None:
         },
     )
     weights = {"linear.weight": layer.weight, "linear.bias": layer.bias}
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / "model.safetensors"
+    )
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -35,7 +35,9 @@ def train_tokenizer(documents: Iterable[str]) -> PreTrainedTokenizerFast:
     wordpiece = BertWordPieceTokenizer(lowercase=True)
     wordpiece.train_from_iterator(documents, vocab_size=VOCABULARY_SIZE, min_frequency=2, show_progress=False)
     ends = [(token, wordpiece.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    wordpiece.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends)
+    wordpiece.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=wordpiece._tokenizer,
         model_max_length=MAX_TOKENS,

@@ -33,7 +33,9 @@ def read_training_text(path: str | Path, max_rows: int | None = None) -> Trainin
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"train_file: expected a text file, but {path} {'is a folder' if path.is_dir() else 'does not exist'}")
+        raise FileNotFoundError(
+            f"train_file: expected a text file, but {path} {'is a folder' if path.is_dir() else 'does not exist'}"
+        )
     all_rows = _csv_rows(path) if path.suffix.lower() == ".csv" else ((line,) for line in _lines(path))
     skipped = 0
 
@@ -67,7 +69,9 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     reader = csv.reader(line + "\n" for line in _lines(path))
     heading = next(reader, [])
     if not 1 <= len(heading) <= 3:
-        raise ValueError(f"{path}, line 1: expected a heading of 1 to 3 columns (sentence, positive, hard negative), got {heading}")
+        raise ValueError(
+            f"{path}, line 1: expected a heading of 1 to 3 columns (sentence, positive, hard negative), got {heading}"
+        )
     for row in reader:
         cells = [cell.strip() for cell in row]
         if any(cells) and (len(cells) != len(heading) or not all(cells)):

@@ -29,7 +29,14 @@ class ContrastiveTrainer(Trainer):
     """
 
     def __init__(
-        self, *, method: Method, num_views: int, pooler_type: str, saved_pooler_type: str, check_every: int = 0, **kwargs: Any
+        self,
+        *,
+        method: Method,
+        num_views: int,
+        pooler_type: str,
+        saved_pooler_type: str,
+        check_every: int = 0,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.method, self.num_views, self.check_every = method, num_views, check_every
@@ -81,7 +88,9 @@ class ContrastiveTrainer(Trainer):
     ) -> dict[str, float]:
         """Scores the STS task given as ``eval_dataset``: Spearman × 100."""
         task: Task = self.eval_dataset if eval_dataset is None else eval_dataset
-        encoder = SentenceEncoder(self.model, self.processing_class, self.saved_pooler_type, batch_size=self.args.eval_batch_size)
+        encoder = SentenceEncoder(
+            self.model, self.processing_class, self.saved_pooler_type, batch_size=self.args.eval_batch_size
+        )
         metrics = {f"{metric_key_prefix}_stsb_spearman": score_task(encoder.encode, task)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -91,7 +91,12 @@ def test_softmax(rows: Rows, n: int) -> None:
     np.testing.assert_allclose(row, weights * factors, rtol=3e-5 if rows.dtype is np.float32 else 1e-12, atol=1e-37)
     near(rows, rows("exp_in_place_with_moment", again, factors, offset, n, moment), weights.sum(), size=n)
     assert (again == row).all()
-    near(rows, moment[0], np.where(weights > 0, weights * np.nan_to_num(logits - offset, neginf=0), 0).sum(), size=100 * n)
+    near(
+        rows,
+        moment[0],
+        np.where(weights > 0, weights * np.nan_to_num(logits - offset, neginf=0), 0).sum(),
+        size=100 * n,
+    )
 
 
 @pytest.mark.parametrize("n", LENGTHS)

@@ -60,6 +60,17 @@ def test_start_model_has_its_published_scores(data_folder: Path, tmp_path: Path)
         pytest.skip("HICL_FAST_START_MODEL names no folder; start_model.py beside the data makes it")
     out = tmp_path / "scores.json"
     tasks = [*TASKS, "STS-B dev"]
-    main(["--model_name_or_path", start, "--data_dir", str(data_folder / "senteval"), "--json", str(out), "--tasks", *tasks])
+    main(
+        [
+            "--model_name_or_path",
+            start,
+            "--data_dir",
+            str(data_folder / "senteval"),
+            "--json",
+            str(out),
+            "--tasks",
+            *tasks,
+        ]
+    )
     scores = json.loads(out.read_text())
     assert {name: scores[name] for name in START_SCORES} == pytest.approx(START_SCORES, abs=0.02)

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
-WORDS = [f"{stem}{ending}" for stem in ("kal", "mor", "tes", "vin", "dar", "lop", "sen") for ending in ("a", "em", "ist", "our", "y")]
+WORDS = [
+    f"{stem}{ending}"
+    for stem in ("kal", "mor", "tes", "vin", "dar", "lop", "sen")
+    for ending in ("a", "em", "ist", "our", "y")
+]
 
 
 def make_documents(count: int, words: tuple[int, int], seed: int = 0) -> list[str]:

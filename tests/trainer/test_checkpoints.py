@@ -18,7 +18,9 @@ def write_checkpoint(output_dir: Path, step: int) -> Path:
     save_file({"weight": torch.zeros(64)}, folder / "model.safetensors")
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({"state": torch.zeros(64)}, folder / name)
-    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": [{"loss": 0.5}]}, indent=2))
+    (folder / "trainer_state.json").write_text(
+        json.dumps({"global_step": step, "log_history": [{"loss": 0.5}]}, indent=2)
+    )
     return folder
 
 
@@ -42,7 +44,9 @@ def test_incomplete_checkpoint_is_passed_over(tmp_path: Path, name: str, damage:
         content = path.read_bytes()
         path.write_bytes(b"" if damage == "empty" else content[: len(content) * 2 // 3])
     assert choose_checkpoint(tmp_path, "last") == tmp_path / "checkpoint-2"
-    with pytest.raises(ValueError, match=f"expected a complete checkpoint, but in .*checkpoint-4 {name} is (missing|cut short)"):
+    with pytest.raises(
+        ValueError, match=f"expected a complete checkpoint, but in .*checkpoint-4 {name} is (missing|cut short)"
+    ):
         choose_checkpoint(tmp_path, str(tmp_path / "checkpoint-4"))
 
 

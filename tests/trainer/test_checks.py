@@ -40,7 +40,9 @@ def test_right_losses_pass(temperature: float, rows: int, spread: float) -> None
 
 @pytest.mark.parametrize("spread", [1.0, 5.0])
 def test_wrong_temperature_is_caught(spread: float) -> None:
-    with pytest.raises(LossMismatch, match=r"step 30: the fused loss differs from the float64 reference by \d.*rounding explains \d"):
+    with pytest.raises(
+        LossMismatch, match=r"step 30: the fused loss differs from the float64 reference by \d.*rounding explains \d"
+    ):
         check_loss(fused(0.05, error=1e-3), exact(0.05), embeddings(67, 48, spread), step=30)
 
 

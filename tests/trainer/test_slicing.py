@@ -43,7 +43,9 @@ def test_segments_of_five_tokens(tokenizer: PreTrainedTokenizerFast, count: int,
 
 
 def test_documents_of_different_lengths(tokenizer: PreTrainedTokenizerFast) -> None:
-    segments = slice_documents(tokenizer, ["a b c d", "e", "\u200b", "f g h i j k l"], segment_length=5, max_segments=EVERYTHING)
+    segments = slice_documents(
+        tokenizer, ["a b c d", "e", "\u200b", "f g h i j k l"], segment_length=5, max_segments=EVERYTHING
+    )
     assert letters(tokenizer, segments) == ["<abc>", "<d>", "<e>", "<>", "<fgh>", "<ijk>", "<l>"]
     assert segments.offsets.tolist() == [0, 2, 3, 4, 7]
     assert segments.offsets.dtype == torch.int64

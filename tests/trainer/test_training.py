@@ -29,8 +29,15 @@ def losses(folder: Path) -> list[float]:
 
 def write_sts_b(folder: Path) -> None:
     """Pairs that share all, some or none of their words."""
-    pairs = [("kala morem", "kala morem", 5), ("kala morem", "kala tesy", 3), ("kala morem", "vina darist", 0), ("seny", "lopa", 1)]
-    rows = "".join(f"g\tf\ty\t{index}\t{gold}\t{first}\t{second}\n" for index, (first, second, gold) in enumerate(pairs))
+    pairs = [
+        ("kala morem", "kala morem", 5),
+        ("kala morem", "kala tesy", 3),
+        ("kala morem", "vina darist", 0),
+        ("seny", "lopa", 1),
+    ]
+    rows = "".join(
+        f"g\tf\ty\t{index}\t{gold}\t{first}\t{second}\n" for index, (first, second, gold) in enumerate(pairs)
+    )
     for name in ("sts-dev.csv", "sts-test.csv"):
         path = folder / "STS" / "STSBenchmark" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +79,9 @@ def test_hard_negatives_of_a_csv(tmp_path: Path, sentences: Path, command: Comma
 def test_accumulated_batches_are_averaged(tmp_path: Path, sentences: Path, command: Command) -> None:
     train(command(sentences, "one", max_steps=1, learning_rate=1e-9))
     train(command(sentences, "four", max_steps=1, learning_rate=1e-9, gradient_accumulation_steps=4))
-    assert losses(tmp_path / "four")[0] == pytest.approx(losses(tmp_path / "one")[0], rel=0.5)  # a sum would be 4 times it
+    assert losses(tmp_path / "four")[0] == pytest.approx(
+        losses(tmp_path / "one")[0], rel=0.5
+    )  # a sum would be 4 times it
 
 
 def test_frozen_word_embeddings_stay(tmp_path: Path, sentences: Path, command: Command) -> None:
@@ -82,7 +91,9 @@ def test_frozen_word_embeddings_stay(tmp_path: Path, sentences: Path, command: C
     before = load_file(tmp_path / "run" / "scratch" / "model.safetensors")
     after = load_file(tmp_path / "run" / "model.safetensors")
     assert torch.equal(before["embeddings.word_embeddings.weight"], after["embeddings.word_embeddings.weight"])
-    assert not torch.equal(before["embeddings.position_embeddings.weight"], after["embeddings.position_embeddings.weight"])
+    assert not torch.equal(
+        before["embeddings.position_embeddings.weight"], after["embeddings.position_embeddings.weight"]
+    )
 
 
 class WrongLoss(methods.SimCSE):
@@ -124,7 +135,10 @@ def test_evaluation_during_and_after_training(
         ({"mlp_only_train": True}, "mlp_only_train: expected --pooler_type cls"),
         ({"max_seq_length": 513}, "max_seq_length: expected 3 to 512 tokens, .* got 513"),
         ({"method": "hicl", "segment_length": 2}, "segment_length: expected 3 to 512 tokens, .* got 2"),
-        ({"method": "hicl", "max_seq_length": 16}, "max_seq_length: expected at least one segment of 32 tokens, got 16"),
+        (
+            {"method": "hicl", "max_seq_length": 16},
+            "max_seq_length: expected at least one segment of 32 tokens, got 16",
+        ),
         ({"model_name_or_path": "scratch:huge"}, "model_name_or_path: expected scratch:small"),
         ({"eval_steps": 2}, "data_dir: expected SentEval's data folder, .* got none"),
         ({"train_file": "nowhere.txt"}, r"train_file: .*nowhere\.txt does not exist"),
@@ -169,8 +183,19 @@ def test_killed_run_resumes_to_the_same_losses(tmp_path: Path, sentences: Path, 
 
 @pytest.mark.slow
 def test_two_processes_train_together(tmp_path: Path, sentences: Path, command: Command) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hicl_fast.trainer"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "hicl_fast.trainer",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*torchrun, *command(sentences)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*torchrun, *command(sentences)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path / "run")) == 6
