@@ -37,15 +37,16 @@ SIMILARITY_TILES: dict[tuple[str, str], Tile] = {
     # 3 stages of 32 KB in flight, of 227 KB
     ("sm_90", "16 bit"): Tile(128, 128, 64, num_warps=8, num_stages=3),
     ("sm_90", "tf32"): Tile(128, 128, 32, num_warps=8, num_stages=3),
-    ("sm_100", "16 bit"): Tile(128, 128, 64, num_warps=8, num_stages=3),
-    ("sm_100", "tf32"): Tile(128, 64, 32, num_warps=8, num_stages=3),  # 128 columns spill
+    # the accumulator lies in tensor memory and is copied to registers: 128 columns spill
+    ("sm_100", "16 bit"): Tile(128, 64, 64, num_warps=8, num_stages=3),
+    ("sm_100", "tf32"): Tile(128, 64, 32, num_warps=8, num_stages=3),
     # operands pass through registers here, so half the depth and a stage more
     ("sm_80", "16 bit"): Tile(128, 128, 32, num_warps=8, num_stages=4),
-    ("sm_80", "tf32"): Tile(128, 128, 16, num_warps=8, num_stages=3),
+    ("sm_80", "tf32"): Tile(128, 64, 32, num_warps=8, num_stages=3),
     # 64 KB of local memory in all
     ("gfx942", "16 bit"): Tile(128, 128, 64, num_warps=8, num_stages=2),
     # each thread multiplies for itself: a small tile keeps the accumulator and both operands in registers
-    ("any", "fp32"): Tile(64, 64, 16, num_warps=4, num_stages=2),
+    ("any", "fp32"): Tile(64, 64, 16, num_warps=8, num_stages=3),
     # small enough for a test to cross every edge, large enough that it ends soon (0.6 ms a step whatever its size)
     ("interpreter", "any"): Tile(32, 32, 32, num_warps=1, num_stages=1, band=2),
 }

@@ -79,7 +79,7 @@ def _precision(problem: Problem) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _fp32_products(precision: str) -> Iterator[None]:
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = precision
     try:

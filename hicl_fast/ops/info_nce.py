@@ -155,10 +155,12 @@ for _name, _run in (
 
 
 def _fake_statistics(problem: Problem) -> RowStatistics:
-    row = problem.query.new_empty(problem.query.shape[0], dtype=problem.dtype)
-    columns = problem.key.shape[0] if problem.symmetric else 0
+    def empty(length: int) -> Tensor:
+        return problem.query.new_empty(length, dtype=problem.dtype)
+
+    n = problem.query.shape[0]
     return RowStatistics(
-        *(torch.empty_like(row) for _ in range(2)), row.new_empty(columns), *(torch.empty_like(row) for _ in range(2))
+        empty(n), empty(n), empty(problem.key.shape[0] if problem.symmetric else 0), empty(n), empty(n)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
@@ -36,12 +37,22 @@ def info_nce(
     The arguments are those of :func:`hicl_fast.functional.info_nce`, which checks them and computes the same
     without the N×M matrix.
     """
-    columns = dict(negatives=negatives, hard_negative_weight=hard_negative_weight, bank=bank, extra_logits=extra_logits)
-    rules = dict(temperature=temperature, same_group=same_group, margin=margin)
-    rows = _row_losses(query, key, target, query_group, key_group, **columns, **rules)
+    row_losses = functools.partial(
+        _row_losses,
+        negatives=negatives,
+        hard_negative_weight=hard_negative_weight,
+        bank=bank,
+        extra_logits=extra_logits,
+        temperature=temperature,
+        same_group=same_group,
+        margin=margin,
+    )
+    rows = row_losses(query, key, target, query_group, key_group)
     if symmetric:
-        rows = (rows + _row_losses(key, query, target, key_group, query_group, **columns, **rules)) / 2
-    return {"mean": rows.mean, "sum": rows.sum, "none": lambda: rows}[reduction]()
+        rows = (rows + row_losses(key, query, target, key_group, query_group)) / 2
+    if reduction == "none":
+        return rows
+    return rows.mean() if reduction == "mean" else rows.sum()
 
 
 def normalise(x: Tensor) -> Tensor:
