@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from hicl_fast.backend import chunked_info_nce as info_nce
 from hicl_fast.backend import chunked_segment_pool as segment_pool
-from hicl_fast.backend.registry import BackendStatus
+from hicl_fast.backend.registry import BackendStatus, Call
 
 __all__ = ["info_nce", "refusal", "segment_pool", "status"]
 
@@ -16,5 +16,5 @@ def status() -> BackendStatus:
     return BackendStatus("torch", available=True, reason="", detail="chunked PyTorch, every device")
 
 
-def refusal(device_type: str) -> str:
+def refusal(call: Call) -> str:
     return ""

@@ -8,7 +8,7 @@ import torch
 
 from hicl_fast.backend import cpp_info_nce as info_nce
 from hicl_fast.backend import cpp_segment_pool as segment_pool
-from hicl_fast.backend.registry import BackendStatus
+from hicl_fast.backend.registry import BackendStatus, Call
 
 __all__ = ["info_nce", "refusal", "segment_pool", "status"]
 
@@ -23,5 +23,5 @@ def status() -> BackendStatus:
     return BackendStatus("cpp", True, "", f"row kernels for {torch.ops.hicl_fast_cpp.capability()}")
 
 
-def refusal(device_type: str) -> str:
-    return "" if device_type == "cpu" else f"it takes tensors on the CPU, got {device_type}"
+def refusal(call: Call) -> str:
+    return "" if call.device_type == "cpu" else f"it takes tensors on the CPU, got {call.device_type}"

@@ -6,7 +6,9 @@ import functools
 import os
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import torch
 
 NAMES = ("torch", "cpp", "triton")
 ENVIRONMENT = "HICL_FAST_BACKEND"
@@ -30,13 +32,21 @@ class BackendStatus:
     detail: str  # the compiler's or processor's part in it: "AVX2", "interpreter", ...
 
 
+class Call(NamedTuple):
+    """What the choice of a backend can depend on."""
+
+    operator: str  # "info_nce" | "segment_pool"
+    device_type: str
+    dtype: torch.dtype  # of the sums
+
+
 class Backend(Protocol):
     """What a module in this package defines."""
 
     def status(self) -> BackendStatus: ...
 
-    def refusal(self, device_type: str) -> str:
-        """Why tensors on this device can't be taken; empty where they can."""
+    def refusal(self, call: Call) -> str:
+        """Why it doesn't do the call; empty where it does."""
 
     info_nce: Any
     segment_pool: Any
@@ -67,30 +77,30 @@ def implementation(operator: str, name: str) -> Any:
     return getattr(_module(name), operator)
 
 
-def choose(operator: str, asked: str, device_type: str) -> str:
+@torch.compiler.assume_constant_result
+def choose(asked: str, operator: str, device_type: str, dtype: torch.dtype) -> str:
     """The backend for a call: the one asked for, else HICL_FAST_BACKEND's, else the first in PREFERENCE that does it."""
+    call = Call(operator, device_type, dtype)
     if asked == "auto":
         asked = os.environ.get(ENVIRONMENT, "auto")
-    if asked != "auto":
-        if asked not in NAMES:
-            raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, NAMES))}, got {asked!r}")
-        refusal = _refusal(asked, device_type)
-        if refusal:
-            able = [name for name in NAMES if not _refusal(name, device_type)]
-            raise BackendError(
-                f"backend {asked!r} can't run {operator} here: {refusal}. Those that can: {', '.join(able)}"
-            )
-        return asked
-    return _preferred(device_type)
+    if asked == "auto":
+        return _preferred(call)
+    if asked not in NAMES:
+        raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, NAMES))}, got {asked!r}")
+    refusal = _refusal(asked, call)
+    if refusal:
+        able = ", ".join(name for name in NAMES if not _refusal(name, call))
+        raise BackendError(f"backend {asked!r} can't run {call.operator} here: {refusal}. Those that can: {able}")
+    return asked
 
 
 @functools.cache
-def _preferred(device_type: str) -> str:
-    order = PREFERENCE.get(device_type, ("torch",))
-    return next(name for name in order if not _refusal(name, device_type))
+def _preferred(call: Call) -> str:
+    order = PREFERENCE.get(call.device_type, ("torch",))
+    return next(name for name in order if not _refusal(name, call))
 
 
 @functools.cache
-def _refusal(name: str, device_type: str) -> str:
+def _refusal(name: str, call: Call) -> str:
     status = _status(name)
-    return status.reason if not status.available else _module(name).refusal(device_type)
+    return status.reason if not status.available else _module(name).refusal(call)

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from hicl_fast.backend.registry import BackendStatus
+from hicl_fast.backend.registry import BackendStatus, Call
 
 __all__ = ["refusal", "status"]  # and info_nce and segment_pool, which are loaded when used
 
@@ -27,12 +27,18 @@ def status() -> BackendStatus:
     return BackendStatus("triton", True, "", f"Triton {importlib.metadata.version('triton')}, {where}")
 
 
-def refusal(device_type: str) -> str:
+def refusal(call: Call) -> str:
+    if call.operator == "info_nce" and call.dtype == torch.float64:
+        return "it takes float32, bfloat16 and float16, got float64"
     if _interpreting():
-        return "" if device_type == "cpu" else f"in Triton's interpreter it takes tensors on the CPU, got {device_type}"
-    if device_type == "cuda":
+        if call.device_type == "cpu":
+            return ""
+        return f"in Triton's interpreter it takes tensors on the CPU, got {call.device_type}"
+    if call.device_type == "cuda":
         return ""
-    return f"it takes tensors on a GPU, got {device_type}; TRITON_INTERPRET=1 runs the kernels on the CPU, for tests"
+    return (
+        f"it takes tensors on a GPU, got {call.device_type}; TRITON_INTERPRET=1 runs the kernels on the CPU, for tests"
+    )
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hicl_fast.backend.registry import BackendError
 from hicl_fast.kernels import launch
 from hicl_fast.kernels.launch import Columns, Rows
 from hicl_fast.ops.problem import ANGLE_CLAMP, NORM_FLOOR, Problem
@@ -25,8 +24,6 @@ class Operands:
     """The problem's tensors as the kernels take them."""
 
     def __init__(self, problem: Problem, *, for_query_gradient: bool) -> None:
-        if problem.dtype == torch.float64:
-            raise BackendError("backend 'triton' takes float32, bfloat16 and float16, got float64; 'torch' takes it")
         device = problem.query.device
         self.problem = problem
         self.dtype, self.precision = operand_type(problem)

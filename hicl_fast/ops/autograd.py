@@ -45,7 +45,7 @@ def once_differentiable(operator: str) -> Callable[[Callable[..., Any]], Callabl
             if not wants_second or torch.compiler.is_compiling():
                 return gradients
             refuse = torch._C._functions.DelayedError(message.encode(), len(gradients))
-            return tuple(refuse(g.detach().requires_grad_()) if g is not None else None for g in gradients)
+            return refuse(*(None if g is None else g.detach().requires_grad_() for g in gradients))  # type: ignore[arg-type]
 
         return run
 

@@ -49,7 +49,7 @@ def apply(problem: Problem, reduction: str, backend: str) -> tuple[Tensor, Tenso
     """Loss (reduced), and the similarities of each row's positive and hardest negative, (N,) each, detached."""
     if problem.symmetric and not _one_sweep_covers_both_directions(problem):
         return _average_of_directions(problem, reduction, backend)
-    backend = registry.choose("info_nce", backend, problem.query.device.type)
+    backend = registry.choose(backend, "info_nce", problem.query.device.type, problem.dtype)
     inputs = problem.differentiable()
     wanted = _wanted(inputs)
     if not runs_eagerly(*inputs):
@@ -128,9 +128,14 @@ def _sweep_rows_backward(
         return implementation.backward(problem, negative_lse, column_lse, loss_grad, wanted)
 
 
+def _distinct(outputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """A backend may give one empty tensor for all gradients that nobody wants; an operator's outputs must not alias."""
+    return tuple(x if x.numel() else x.clone() for x in outputs)
+
+
 def _run_mean(*args: Any) -> tuple[Tensor, ...]:
     *flat, reduction, wanted, backend = args
-    return _sweep(Problem(*flat), reduction, Wanted(*wanted), backend)
+    return _distinct(_sweep(Problem(*flat), reduction, Wanted(*wanted), backend))
 
 
 def _run_rows(*args: Any) -> tuple[Tensor, ...]:
@@ -140,7 +145,9 @@ def _run_rows(*args: Any) -> tuple[Tensor, ...]:
 
 def _run_rows_backward(*args: Any) -> tuple[Tensor, ...]:
     *flat, negative_lse, column_lse, loss_grad, wanted, backend = args
-    return tuple(_sweep_rows_backward(Problem(*flat), negative_lse, column_lse, loss_grad, Wanted(*wanted), backend))
+    return _distinct(
+        _sweep_rows_backward(Problem(*flat), negative_lse, column_lse, loss_grad, Wanted(*wanted), backend)
+    )
 
 
 for _name, _run in (

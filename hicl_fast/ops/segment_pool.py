@@ -19,7 +19,7 @@ _library.define(
 
 
 def apply(segments: Tensor, offsets: Tensor, weights: Tensor | None, backend: str) -> Tensor:  # (B, D)
-    backend = registry.choose("segment_pool", backend, segments.device.type)
+    backend = registry.choose(backend, "segment_pool", segments.device.type, segments.dtype)
     if not runs_eagerly(segments, offsets, weights):
         return torch.ops.hicl_fast.segment_pool(segments, offsets, weights, backend)
     return _SegmentPool.apply(segments, offsets, weights, backend)

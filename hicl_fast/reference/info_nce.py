@@ -82,7 +82,8 @@ def _row_losses(
     n, m = query.shape[0], key.shape[0]
     row = torch.arange(n, device=query.device)
     target = row if target is None else target
-    unit_query, unit_key = _same_type(normalise(query), normalise(key))
+    dtype = _sum_type(query, key, negatives, bank, extra_logits)
+    unit_query, unit_key = normalise(query.to(dtype)), normalise(key.to(dtype))
 
     key_logits = _with_margin(unit_query @ unit_key.T, row, target, margin) / temperature  # (N, M)
     positive = key_logits[row, target]  # (N,)
@@ -96,14 +97,14 @@ def _row_losses(
     denominator = [key_logits.masked_fill(left_out, -torch.inf)]  # everything but the positive, which is added last
 
     if negatives is not None:
-        logits = torch.mm(*_same_type(unit_query, normalise(negatives).T)) / temperature  # (N, P)
+        logits = unit_query @ normalise(negatives.to(dtype)).T / temperature  # (N, P)
         own = torch.zeros_like(logits)
         own.fill_diagonal_(hard_negative_weight)
         denominator.append(logits + own)
     if bank is not None:
-        denominator.append(torch.mm(*_same_type(unit_query, normalise(bank.detach()).T)) / temperature)
+        denominator.append(unit_query @ normalise(bank.detach().to(dtype)).T / temperature)
     if extra_logits is not None:
-        denominator.append(extra_logits.to(key_logits.dtype))
+        denominator.append(extra_logits.to(dtype))
 
     loss = _log1p_ratio(torch.cat(denominator, dim=1), positive)
     if same_group == "positive":
@@ -128,6 +129,7 @@ def _log1p_ratio(negative: Tensor, positive: Tensor) -> Tensor:
     return torch.where(has_negative, loss, positive - positive)  # the difference is 0, or NaN where the input was
 
 
-def _same_type(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    return a.to(dtype), b.to(dtype)
+def _sum_type(*inputs: Tensor | None) -> torch.dtype:
+    """The type sums are kept in: float32, or float64 where an input is."""
+    is_double = any(x is not None and x.dtype == torch.float64 for x in inputs)
+    return torch.float64 if is_double else torch.float32

@@ -1,0 +1,239 @@
+"""Times forward + backward of the contrastive loss against everything comparable that is installed.
+
+    python benchmarks/loss_throughput.py                          two minutes on two cores
+    python benchmarks/loss_throughput.py --batch-sizes 32768 --backends cpp --rivals none
+    python benchmarks/loss_throughput.py --device cuda --dtype bfloat16 --json out.json --plot out.png
+
+Every candidate is checked against the float64 reference before it is timed. `x limit` is its time over that of the three
+matrix products S = Q Kᵀ, S K, Sᵀ Q with PyTorch's BLAS, below which no exact method gets without lower precision.
+`memory` is what a step holds beyond its inputs; the gradients are in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import Step, Timing, available_bytes, duration, machine, peak_bytes, time_in_turn
+from rivals import RIVALS, Batch, Loss, Missing, Rival, fused_rivals
+from tqdm import tqdm
+
+import hicl_fast.reference as reference
+
+LIMIT = "limit: 3 products"
+# Largest relative error of loss and gradients, by type: what an eager run of that type has, several times over.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-4, torch.bfloat16: 0.1, torch.float16: 0.03}
+BF16_OPERANDS_TOLERANCE = 0.05
+CHECKED_ROWS = 1024  # the reference is float64 and N × N
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    about = machine(device) | {"dim": args.dim, "dtype": args.dtype, "temperature": args.temperature}
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    rows: list[dict[str, Any]] = []
+    for n in args.batch_sizes:
+        rows += measure_batch(args, n, device, dtype)
+        print(table([row for row in rows if row["batch"] == n]), flush=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+    if args.plot:
+        plot(rows, about, args.plot)
+    return rows
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    sizes = [64, 512, 8192, 65536] if cuda else [64, 512, 4096]
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=sizes, metavar="N")
+    parser.add_argument("--dim", type=int, default=768)
+    parser.add_argument("--dtype", choices=[str(t).removeprefix("torch.") for t in TOLERANCE])
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--temperature", type=float, default=0.05)
+    parser.add_argument("--backends", nargs="+", metavar="NAME", help="of hicl_fast; default: all that are available")
+    parser.add_argument(
+        "--rivals", nargs="+", metavar="NAME", help=f"or none; default: {', '.join(r.name for r in RIVALS)}"
+    )
+    parser.add_argument("--seconds", type=float, default=12.0, help="of timing for each batch size")
+    parser.add_argument("--threads", type=int, help="default: PyTorch's")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE.png")
+    args = parser.parse_args(argv)
+    if args.dtype is None:
+        args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
+    known = [rival.name for rival in RIVALS]
+    unknown = [name for name in args.rivals or [] if name not in (*known, "none")]
+    if unknown:
+        parser.error(f"--rivals: expected none or some of {', '.join(known)}, got {', '.join(unknown)}")
+    return args
+
+
+def measure_batch(args: argparse.Namespace, n: int, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+    batch = make_batch(n, args.dim, device, dtype, args.temperature)
+    rows: dict[str, dict[str, Any]] = {}
+    steps: dict[str, Step] = {LIMIT: limit_step(batch)}
+    candidates = list(choose_rivals(args, dtype))
+    for rival in tqdm(candidates, desc=f"N = {n}: checking", leave=False, file=sys.stderr):
+        row: dict[str, Any] = {"batch": n, "name": rival.name}
+        rows[rival.name] = row
+        try:
+            loss = ready(rival, batch)
+            row["error"] = check(rival, loss, batch)
+            run = step(loss, batch)
+            once = duration(run, device)
+        except Missing as reason:
+            row["skipped"] = str(reason)
+            continue
+        except Exception as error:  # someone else's code: report it and go on with the others
+            row["skipped"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            continue
+        if once > args.seconds / 5:  # once is enough to see that it is out of the race
+            row.update(asdict(Timing(once, once, once, 1)), memory=None)
+        else:
+            steps[rival.name] = run
+    memory = {name: peak_bytes(run, device) for name, run in steps.items() if name != LIMIT}
+    timings = time_in_turn(steps, args.seconds, device, f"N = {n}: timing")
+    limit = timings[LIMIT].median
+    for name, timing in timings.items():
+        rows.setdefault(name, {"batch": n, "name": name}).update(asdict(timing), memory=memory.get(name))
+    for row in rows.values():
+        if "median" in row:
+            row["ratio_to_limit"] = row["median"] / limit
+    return list(rows.values())
+
+
+def choose_rivals(args: argparse.Namespace, dtype: torch.dtype) -> Iterator[Rival]:
+    yield from fused_rivals(args.backends, dtype == torch.float32)
+    for rival in RIVALS:
+        if args.rivals is None or rival.name in args.rivals:
+            yield rival
+
+
+def make_batch(n: int, d: int, device: torch.device, dtype: torch.dtype, temperature: float) -> Batch:
+    """Embeddings with a common direction, as an encoder's have, and keys that resemble their queries."""
+    generator = torch.Generator().manual_seed(n)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    query = noise(n, d) + 0.7 * noise(1, d)
+    key = query + 1.5 * noise(n, d)
+    return Batch(query.to(dtype), key.to(dtype), temperature)
+
+
+def ready(rival: Rival, batch: Batch) -> Loss:
+    (n, d), device = batch.query.shape, batch.query.device
+    if rival.gpu_only and device.type != "cuda":
+        raise Missing("runs on GPUs only")
+    needed, there = rival.estimated_bytes(n, d), available_bytes(device)
+    if needed > 0.8 * there:
+        raise Missing(f"would take about {needed / 1e9:.0f} GB, {there / 1e9:.0f} GB are free")
+    if rival.bytes_per_pair_and_dim and device.type == "cpu" and n * n * d > 4e8:
+        raise Missing(f"would take minutes: {n}² · {d} elements in each temporary")
+    return rival.make(batch)
+
+
+def check(rival: Rival, loss: Loss, batch: Batch) -> float:
+    """Largest relative error of loss and gradients, in float64, on the batch's first rows.
+
+    Raises:
+        Missing: it computes something else.
+    """
+    rows = min(CHECKED_ROWS, batch.query.shape[0])
+    head = Batch(batch.query[:rows], batch.key[:rows], batch.temperature)
+    if rows < batch.query.shape[0]:
+        loss = rival.make(head)
+    got = loss_and_gradients(loss, head.query, head.key)
+
+    def oracle(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return reference.info_nce(q, k, temperature=batch.temperature, symmetric=rival.symmetric)
+
+    expected = loss_and_gradients(oracle, head.query.double(), head.key.double())
+    error = max(float((g.double() - e).norm() / e.norm()) for g, e in zip(got, expected, strict=True))
+    tolerance = BF16_OPERANDS_TOLERANCE if rival.name.endswith("bf16") else TOLERANCE[batch.query.dtype]
+    if not error <= tolerance:
+        raise Missing(f"wrong: relative error {error:.1e} against the reference, {tolerance:.0e} is allowed")
+    return error
+
+
+def loss_and_gradients(loss: Loss, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    query, key = query.detach().requires_grad_(), key.detach().requires_grad_()
+    value = loss(query, key)
+    return value.detach(), *torch.autograd.grad(value, (query, key))
+
+
+def step(loss: Loss, batch: Batch) -> Step:
+    query, key = batch.query.detach().requires_grad_(), batch.key.detach().requires_grad_()
+
+    def run() -> None:
+        query.grad = key.grad = None
+        loss(query, key).backward()
+        query.grad = key.grad = None
+
+    return run
+
+
+def limit_step(batch: Batch) -> Step:
+    query, key = batch.query, batch.key
+    similarity = query.new_empty(query.shape[0], key.shape[0])
+    query_grad, key_grad = torch.empty_like(query), torch.empty_like(key)
+
+    def run() -> None:
+        torch.mm(query, key.T, out=similarity)
+        torch.mm(similarity, key, out=query_grad)
+        torch.mm(similarity.T, query, out=key_grad)
+
+    return run
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [f"\n{'N':>6}  {'':32}{'ms':>10}  {'fastest–slowest':>19}{'x limit':>9}{'memory MB':>11}{'error':>9}"]
+    for row in sorted(rows, key=lambda row: row.get("median", float("inf"))):
+        head = f"{row['batch']:>6}  {row['name']:32}"
+        if "skipped" in row:
+            lines.append(f"{head}skipped: {row['skipped']}")
+            continue
+        memory = "" if row["memory"] is None else f"{row['memory'] / 1e6:.1f}"
+        error = f"{row['error']:.0e}" if "error" in row else ""
+        spread = f"{row['fastest'] * 1e3:.3f}–{row['slowest'] * 1e3:.3f}"
+        times = f"{row['median'] * 1e3:>10.3f}  {spread:>19}{row['ratio_to_limit']:>9.2f}"
+        lines.append(f"{head}{times}{memory:>11}{error:>9}")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], about: dict[str, Any], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (time_axis, memory_axis) = plt.subplots(1, 2, figsize=(13, 5))
+    for name in dict.fromkeys(row["name"] for row in rows if "median" in row):
+        own = [row for row in rows if row["name"] == name and "median" in row]
+        style = {"linestyle": "--", "color": "black"} if name == LIMIT else {"marker": "o", "markersize": 4}
+        time_axis.plot([r["batch"] for r in own], [r["median"] * 1e3 for r in own], label=name, **style)
+        if name != LIMIT:
+            memory_axis.plot(
+                [r["batch"] for r in own], [max(r["memory"] or 0, 1) / 1e6 for r in own], label=name, **style
+            )
+    for axis, label in ((time_axis, "forward + backward, ms"), (memory_axis, "memory beyond the inputs, MB")):
+        axis.set(xscale="log", yscale="log", xlabel="batch size", ylabel=label)
+        axis.grid(alpha=0.3)
+    time_axis.legend(fontsize=8)
+    figure.suptitle(f"{about['device']}, {about['dtype']}, D = {about['dim']}, torch {about['torch']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

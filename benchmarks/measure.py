@@ -1,0 +1,133 @@
+"""Timing in turns, peak memory, and what machine it was."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+Step = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a step took."""
+
+    median: float
+    fastest: float
+    slowest: float
+    rounds: int
+
+
+def time_in_turn(steps: dict[str, Step], seconds: float, device: torch.device, title: str) -> dict[str, Timing]:
+    """Every step once a round, round after round, so that a drift of the machine's speed touches all alike.
+
+    Rounds go on until ``seconds`` are used up: at least 3, at most 200.
+    """
+    for step in steps.values():  # warm-up
+        step()
+        step()
+    one_round = sum(duration(step, device) for step in steps.values())
+    rounds = int(min(200, max(3, seconds / max(one_round, 1e-6))))
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in tqdm(range(rounds), desc=title, leave=False, file=sys.stderr):
+        for name, step in steps.items():
+            taken[name].append(duration(step, device))
+    return {name: Timing(statistics.median(s), min(s), max(s), rounds) for name, s in taken.items()}
+
+
+def duration(step: Step, device: torch.device) -> float:
+    if device.type == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop) / 1000
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
+def peak_bytes(step: Step, device: torch.device) -> int:
+    """The most memory a step holds beyond what was held before it.
+
+    On a CPU it is the process's resident memory at its highest, reset before the step where Linux allows that.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # memory that earlier steps gave back must not hide what this one takes
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status_bytes("VmRSS")
+        step()
+        return max(0, _status_bytes("VmHWM") - before)
+    except (OSError, AttributeError):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        step()
+        return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def available_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    except OSError:
+        pass
+    return 8 << 30
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on and with."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
