@@ -39,7 +39,7 @@ def paragraphs(tmp_path: Path) -> Path:
 def command(tmp_path: Path) -> Callable[..., list[str]]:
     """The trainer's arguments for a short run on the CPU into ``tmp_path / name``."""
 
-    def build(train_file: Path, name: str = "run", **options: object) -> list[str]:
+    def build(train_file: Path, name: str = "run", /, **options: object) -> list[str]:
         settings: dict[str, object] = {
             "model_name_or_path": "scratch:small",
             "train_file": train_file,
