@@ -108,8 +108,10 @@ class Sweep {
     const int64_t n = query_.rows, block = block_rows();
     num_columns_ = num_similarities_ + num_extra_;
     column_factor_.resize(num_columns_, T(1));
-    logits_ = uninitialised<T>(block * num_columns_);
-    unit_block_ = uninitialised<T>(block * query_.columns);
+    row_stride_ = padded(num_columns_);
+    Workspace workspace(Workspace::bytes_of<T>(block * row_stride_) + Workspace::bytes_of<T>(block * query_.columns));
+    logits_ = workspace.take<T>(block * row_stride_);
+    unit_block_ = workspace.take<T>(block * query_.columns);
     row_factor_.resize(block);
     positive_entry_.resize(block);
     moment_.assign(n, 0.0);
@@ -133,13 +135,18 @@ class Sweep {
 
  private:
   int64_t block_rows() const {
-    const int64_t row_bytes = int64_t(sizeof(T)) * std::max<int64_t>(1, num_similarities_ + num_extra_);
+    const int64_t row_bytes = int64_t(sizeof(T)) * padded(num_similarities_ + num_extra_);
     return std::min(query_.rows, std::clamp(kBlockBytes / row_bytes, kMinBlockRows, kMaxBlockRows));
   }
-  T* logits(int64_t i) { return logits_.get() + i * num_columns_; }
+  // An odd number of cache lines: rows a power of two apart fall into the same few lines of the cache.
+  static int64_t padded(int64_t columns) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    return ((columns + kLine - 1) / kLine | 1) * kLine;
+  }
+  T* logits(int64_t i) { return logits_ + i * row_stride_; }
   int64_t target(int64_t i) const { return target_ ? target_[i] : i; }
   double row_weight(int64_t i) const { return row_weight_ ? common_weight_ * double(row_weight_[i]) : common_weight_; }
-  Matrix<T> unit_block(int64_t count) { return {unit_block_.get(), count, query_.columns, query_.columns}; }
+  Matrix<T> unit_block(int64_t count) { return {unit_block_, count, query_.columns, query_.columns}; }
 
   template <typename F>
   void each_row(int64_t first, int64_t count, F f) {
@@ -151,7 +158,7 @@ class Sweep {
   template <typename F>
   void each_block_row(int64_t count, F f) {
     torch::stable::parallel_for(0, count, rows_per_thread(query_.columns), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) f(r, unit_block_.get() + r * query_.columns);
+      for (int64_t r = begin; r < end; ++r) f(r, unit_block_ + r * query_.columns);
     });
   }
 
@@ -163,7 +170,7 @@ class Sweep {
     for (const Segment<T>& s : segments_) {
       if (s.unit.count() == 0) continue;
       const Matrix<const T> columns{s.unit.row(0), s.unit.count(), query_.columns, query_.columns};
-      matmul(Matrix<T>{logits_.get() + s.first, count, s.unit.count(), num_columns_}, unit_block(count),
+      matmul(Matrix<T>{logits_ + s.first, count, s.unit.count(), row_stride_}, unit_block(count),
              columns.transposed());
     }
     block_first_ = first;
@@ -173,7 +180,7 @@ class Sweep {
   Positive find_positive(int64_t i) const {
     const UnitRows<T>& keys = segments_[0].unit;
     const int64_t column = target(i);
-    const T* unit_query = unit_block_.get() + (i - block_first_) * query_.columns;
+    const T* unit_query = unit_block_ + (i - block_first_) * query_.columns;
     const double s = double(k_.dot(unit_query, keys.row(column), query_.columns)) * double(keys.factor(column));
     if (rules_.margin == 0) return {column, s, s * rules_.scale, 1.0};
     // The bounds are the type's nearest, as in a comparison in that type.
@@ -293,7 +300,7 @@ class Sweep {
     if (wanted_.key) add_positives(first, count, segments_[0].gradient);
   }
   Matrix<T> slope(const Segment<T>& s, int64_t count) {
-    return {logits_.get() + s.first, count, s.unit.count(), num_columns_};
+    return {logits_ + s.first, count, s.unit.count(), row_stride_};
   }
 
   // Adds the positive's part and goes through the normalisation.
@@ -318,7 +325,7 @@ class Sweep {
     torch::stable::parallel_for(0, d, std::max<int64_t>(16, kGrain / count), [&](int64_t begin, int64_t end) {
       for (int64_t r = 0; r < count; ++r) {
         const int64_t j = target(first + r);
-        k_.add_scaled(unit_block_.get() + r * d + begin, T(positive_entry_[r]) * keys.factor(j),
+        k_.add_scaled(unit_block_ + r * d + begin, T(positive_entry_[r]) * keys.factor(j),
                       key_gradient + j * d + begin, end - begin);
       }
     });
@@ -413,13 +420,13 @@ class Sweep {
 
   std::vector<Segment<T>> segments_;  // the first holds the keys
   std::vector<T> column_factor_;
-  int64_t num_similarities_ = 0, num_extra_ = 0, num_columns_ = 0, first_own_ = -1;
+  int64_t num_similarities_ = 0, num_extra_ = 0, num_columns_ = 0, row_stride_ = 0, first_own_ = -1;
   const T *extra_ = nullptr, *row_weight_ = nullptr;
   double common_weight_ = 1;
   const int64_t *target_ = nullptr, *query_group_ = nullptr;
   GroupIndex groups_;
 
-  std::unique_ptr<T[]> logits_, unit_block_;               // (R, C), (R, D)
+  T *logits_ = nullptr, *unit_block_ = nullptr;            // (R, row stride), (R, D); in the workspace of `run`
   std::vector<T> row_factor_;                              // (R,) what ∂loss/∂(k_j · q̂) is of the row's entries
   std::vector<double> positive_entry_;                     // (R,) the positive's entry, without ‖k‖⁻¹
   std::vector<double> moment_;                             // (N,) each row's part of the scale's gradient

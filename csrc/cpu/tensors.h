@@ -7,7 +7,6 @@
 #include <optional>
 
 #include "matmul.h"
-#include "memory.h"
 
 namespace hicl {
 
@@ -15,10 +14,8 @@ using OptionalTensor = std::optional<Tensor>;
 
 template <typename T>
 Tensor new_tensor(std::initializer_list<int64_t> shape) {
-  Tensor tensor = torch::stable::empty(shape, kScalarType<T>, std::nullopt,
-                                       torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  prefer_huge_pages(tensor.mutable_data_ptr<T>(), tensor.numel() * int64_t(sizeof(T)));
-  return tensor;
+  return torch::stable::empty(shape, kScalarType<T>, std::nullopt,
+                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 template <typename T>
 T* data(Tensor& t) {
