@@ -66,9 +66,10 @@ $(BIN)/python:
 		{ echo "hicl_fast needs Python 3.10 or later; name one with PYTHON=..., as in: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
-$(INSTALLED): requirements/dev.txt requirements/triton.txt | $(BIN)/python
+$(INSTALLED): requirements/dev.txt requirements/alone.txt requirements/triton.txt | $(BIN)/python
 	@echo "Installing the pinned dependencies into .venv: a few minutes where PyTorch is still to be downloaded"
 	$(PIP) install -r requirements/dev.txt
+	$(PIP) install --no-deps -r requirements/alone.txt
 	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install --no-deps -r requirements/triton.txt
 	@touch $@
 

@@ -6,9 +6,10 @@ reason where it can't run.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -54,6 +55,13 @@ def fused(backend: str, precision: str | None = None, symmetric: bool = False) -
     name = f"hicl_fast {backend}" + (f" {precision}" if precision else "") + (" symmetric" if symmetric else "")
 
     def make(batch: Batch) -> Loss:
+        if (
+            precision == "bf16"
+            and batch.query.device.type == "cpu"
+            and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        ):
+            raise Missing("this processor has no bfloat16 products")
+
         def loss(query: Tensor, key: Tensor) -> Tensor:
             options = dict(temperature=batch.temperature, backend=backend, precision=precision, symmetric=symmetric)
             return HF.info_nce(query, key, **options)  # type: ignore[arg-type]
@@ -121,8 +129,16 @@ def _metric_learning(batch: Batch) -> Loss:
 
 
 def _open_clip(batch: Batch) -> Loss:
-    """Symmetric."""
-    loss = _module("open_clip").ClipLoss()
+    """Symmetric. Its file of losses is opened by itself: the package needs torchvision, the losses don't."""
+    package = importlib.util.find_spec("open_clip")
+    folder = Path(package.origin).parent if package is not None and package.origin else None
+    if folder is None or not (folder / "loss.py").is_file():
+        raise Missing("open_clip is not installed")
+    spec = importlib.util.spec_from_file_location("open_clip_loss", folder / "loss.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    loss = module.ClipLoss()
     return lambda q, k: loss(F.normalize(q), F.normalize(k), 1 / batch.temperature)
 
 
