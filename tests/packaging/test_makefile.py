@@ -25,7 +25,7 @@ def test_help_is_the_default_and_lists_every_target() -> None:
 def test_an_old_python_is_refused(tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "csrc").mkdir()
-    for name in ("dev.txt", "triton.txt"):
+    for name in ("alone.txt", "dev.txt", "triton.txt"):
         (tmp_path / "requirements").mkdir(exist_ok=True)
         (tmp_path / "requirements" / name).touch()
     done = subprocess.run(["make", "venv", "PYTHON=false"], cwd=tmp_path, capture_output=True, text=True)
