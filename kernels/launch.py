@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from hicl_fast.kernels import hard_negatives as _hard_negatives
 from hicl_fast.kernels import rows as _rows
 from hicl_fast.kernels import segment_pool as _segment_pool
 from hicl_fast.kernels import similarity as _similarity
@@ -343,3 +344,40 @@ def _pool_block(dim: int) -> int:
 
 def _pool_grid(num_sequences: int, dim: int) -> tuple[int, int]:
     return num_sequences, triton.cdiv(dim, _pool_block(dim))
+
+
+# --- hard negatives --------------------------------------------------------------------------------------------------
+
+_PROGRAMS = 512  # enough for every multiprocessor; the columns are cut into parts where the rows make fewer
+_FEWEST_TILES = 4  # of a part
+
+
+def hardest(
+    query: Rows,  # (N, D)
+    columns: Columns,  # C of them
+    k: int,
+    *,
+    precision: str,
+) -> Tensor:  # (N, k) int64
+    """Each row's k largest keys, falling; see kernels/hard_negatives.py."""
+    num_rows, kept = query.x.shape[0], _hard_negatives.kept(k)
+    operand = "16 bit" if query.x.element_size() == 2 else "tf32" if precision == "tf32" else "fp32"
+    tile = _hard_negatives.hard_negatives_tile(architecture(query.x.device), operand, k)
+    row_tiles, col_tiles = triton.cdiv(num_rows, tile.rows), triton.cdiv(columns.count, tile.cols)
+    tiles_per_part = min(col_tiles, max(_FEWEST_TILES, triton.cdiv(col_tiles * row_tiles, _PROGRAMS)))
+    parts = triton.cdiv(col_tiles, tiles_per_part)
+    best = torch.empty(num_rows, parts * kept, dtype=torch.int64, device=query.x.device)
+    options = {name: value for name, value in tile.options().items() if name != "BAND"}
+    _hard_negatives.hard_negatives_kernel[(row_tiles, parts)](
+        query_ptr=query.x,
+        query_inverse_ptr=query.inverse,
+        best_ptr=best,
+        num_rows=num_rows,
+        part_cols=tiles_per_part * tile.cols,
+        parts=parts,
+        KEPT=kept,
+        PRECISION=precision,
+        **columns.for_rows(slice(None)),
+        **options,
+    )
+    return best.topk(k, dim=1).values

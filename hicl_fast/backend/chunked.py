@@ -5,11 +5,13 @@ Extra memory is one chunk of logits and a normalised copy of the inputs.
 
 from __future__ import annotations
 
+from hicl_fast.backend import chunked_hard_negatives as hard_negatives
 from hicl_fast.backend import chunked_info_nce as info_nce
+from hicl_fast.backend import chunked_mixed_negatives as mixed_negatives
 from hicl_fast.backend import chunked_segment_pool as segment_pool
 from hicl_fast.backend.registry import BackendStatus, Call
 
-__all__ = ["info_nce", "refusal", "segment_pool", "status"]
+__all__ = ["hard_negatives", "info_nce", "mixed_negatives", "refusal", "segment_pool", "status"]
 
 
 def status() -> BackendStatus:

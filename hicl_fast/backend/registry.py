@@ -48,7 +48,9 @@ class Backend(Protocol):
     def refusal(self, call: Call) -> str:
         """Why it doesn't do the call; empty where it does."""
 
+    hard_negatives: Any
     info_nce: Any
+    mixed_negatives: Any
     segment_pool: Any
 
 

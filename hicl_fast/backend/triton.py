@@ -28,7 +28,7 @@ def status() -> BackendStatus:
 
 
 def refusal(call: Call) -> str:
-    if call.operator == "info_nce" and call.dtype == torch.float64:
+    if call.operator in ("info_nce", "hard_negatives") and call.dtype == torch.float64:
         return "it takes float32, bfloat16 and float16, got float64"
     if _interpreting():
         if call.device_type == "cpu":
@@ -45,6 +45,10 @@ def __getattr__(name: str) -> ModuleType:
     """The operators, loaded when one is used: listing the backends must work without Triton."""
     if name == "info_nce":
         from hicl_fast.backend import triton_info_nce as module
+    elif name == "mixed_negatives":
+        from hicl_fast.backend import triton_mixed_negatives as module  # type: ignore[no-redef]
+    elif name == "hard_negatives":
+        from hicl_fast.backend import triton_hard_negatives as module  # type: ignore[no-redef]
     elif name == "segment_pool":
         from hicl_fast.backend import triton_segment_pool as module  # type: ignore[no-redef]
     else:

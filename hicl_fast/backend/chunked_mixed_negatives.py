@@ -1,0 +1,124 @@
+"""Hard-negative mixing in plain PyTorch: chunks of rows, each with its k similarities and its k×k Gram matrix.
+
+With n the row's k negatives (k, D), W the pairs' weights (m, k), α at a pair's first and 1 − α at its second:
+‖g‖² = diag(W n nᵀ Wᵀ), cos = W n q̂ / ‖g‖, and with u the upstream gradient, c = Wᵀ (u / ‖g‖) and
+M = Wᵀ diag(u cos / ‖g‖²) W: ∂L/∂q̂ = nᵀ c and ∂L/∂n = c q̂ᵀ − M n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hicl_fast.reference.info_nce import NORM_FLOOR
+
+CHUNK_BYTES = 32 << 20  # of a chunk's negatives
+
+# ‖g‖² comes from a sum whose terms can cancel, with an error of a few roundings of the terms. A smaller result has no
+# digits that are right: such a mixture has no direction.
+VANISHING = 16  # roundings
+
+
+def forward(
+    query: Tensor,  # (N, D)
+    bank: Tensor,  # (B, D)
+    index: Tensor,  # (N, k)
+    pairs: Tensor,  # (N, m, 2)
+    alpha: float,
+) -> tuple[Tensor, Tensor]:  # (N, m), (N, m): cosines, 1 / ‖g‖
+    dtype = sum_type(query, bank)
+    cosine = query.new_empty(pairs.shape[:2], dtype=dtype)
+    inverse_norm = torch.empty_like(cosine)
+    for rows in chunks(index, pairs, query.shape[1], dtype):
+        unit, _, _ = unit_rows(query[rows].to(dtype))
+        negatives = bank[index[rows]].to(dtype)  # (R, k, D)
+        similarity = (negatives @ unit[:, :, None])[:, :, 0]
+        gram = negatives @ negatives.transpose(1, 2)  # (R, k, k)
+        inverse_norm[rows] = _inverse_norm(gram, pairs[rows], alpha)
+        first, second = pairs[rows].unbind(-1)
+        along = alpha * similarity.gather(1, first) + (1 - alpha) * similarity.gather(1, second)
+        cosine[rows] = along * inverse_norm[rows]
+    return cosine, inverse_norm
+
+
+def backward(
+    query: Tensor,
+    bank: Tensor,
+    index: Tensor,
+    pairs: Tensor,
+    alpha: float,
+    cosine: Tensor,  # (N, m)
+    inverse_norm: Tensor,  # (N, m)
+    cosine_grad: Tensor,  # (N, m)
+    wanted: list[bool],  # of query, bank
+) -> tuple[Tensor, Tensor]:
+    dtype = sum_type(query, bank)
+    query_grad = torch.empty_like(query, memory_format=torch.contiguous_format) if wanted[0] else query.new_empty(0)
+    bank_grad = torch.zeros_like(bank, dtype=dtype, memory_format=torch.contiguous_format) if wanted[1] else None
+    for rows in chunks(index, pairs, query.shape[1], dtype):
+        unit, factor, is_constant = unit_rows(query[rows].to(dtype))
+        negatives = bank[index[rows]].to(dtype)
+        weights = pair_weights(pairs[rows], index.shape[1], alpha, dtype)  # (R, m, k)
+        upstream = cosine_grad[rows] * inverse_norm[rows]  # (R, m)
+        along = (upstream[:, None, :] @ weights)[:, 0]  # (R, k)
+        if wanted[0]:
+            unit_grad = (along[:, None, :] @ negatives)[:, 0]  # (R, D)
+            query_grad[rows] = through_norm(unit_grad, unit, factor, is_constant).to(query.dtype)
+        if bank_grad is not None:
+            curvature = upstream * cosine[rows] * inverse_norm[rows]
+            across = (weights * curvature[:, :, None]).transpose(1, 2) @ weights  # (R, k, k)
+            negatives_grad = torch.baddbmm(along[:, :, None] * unit[:, None, :], across, negatives, alpha=-1)
+            add_in_order(bank_grad, index[rows], negatives_grad)
+    return query_grad, bank.new_empty(0) if bank_grad is None else bank_grad.to(bank.dtype)
+
+
+def sum_type(query: Tensor, bank: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (query.dtype, bank.dtype) else torch.float32
+
+
+def chunks(index: Tensor, pairs: Tensor, dim: int, dtype: torch.dtype) -> Iterator[slice]:
+    """Rows a few at a time, so that what a chunk gathers stays below CHUNK_BYTES."""
+    num_rows, k = index.shape
+    bytes_of_row = max(1, k * max(dim, pairs.shape[1], k) * dtype.itemsize)
+    step = max(1, CHUNK_BYTES // bytes_of_row)
+    for begin in range(0, num_rows, step):
+        yield slice(begin, begin + step)
+
+
+def unit_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x̂ (R, D), its factor (R, 1), which is 0 for a zero row, and whether that factor is a constant (R, 1)."""
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    factor = torch.where(norm == 0, 0.0, 1 / norm.clamp_min(NORM_FLOOR))
+    return x * factor, factor, norm < NORM_FLOOR
+
+
+def through_norm(unit_grad: Tensor, unit: Tensor, factor: Tensor, is_constant: Tensor) -> Tensor:
+    """∂L/∂x = (I − x̂ x̂ᵀ) ∂L/∂x̂ · factor, without the projection where the factor doesn't depend on x."""
+    along = torch.where(is_constant, 0.0, (unit * unit_grad).sum(dim=1, keepdim=True))
+    return (unit_grad - along * unit) * factor
+
+
+def pair_weights(pairs: Tensor, k: int, alpha: float, dtype: torch.dtype) -> Tensor:  # (R, m, 2) -> (R, m, k)
+    column = torch.arange(k, device=pairs.device)
+    is_first, is_second = (pairs[..., side, None] == column for side in (0, 1))
+    return alpha * is_first.to(dtype) + (1 - alpha) * is_second.to(dtype)
+
+
+def add_in_order(bank_grad: Tensor, index: Tensor, addition: Tensor) -> None:
+    """``bank_grad[index[i, c]] += addition[i, c]`` in an order that doesn't change from run to run. (R, k), (R, k, D)."""
+    if bank_grad.is_cuda:  # sorts, where index_add_ has atomics
+        bank_grad.index_put_((index.flatten(),), addition.flatten(0, 1), accumulate=True)
+    else:
+        bank_grad.index_add_(0, index.flatten(), addition.flatten(0, 1))
+
+
+def _inverse_norm(gram: Tensor, pairs: Tensor, alpha: float) -> Tensor:  # (R, k, k), (R, m, 2) -> (R, m)
+    k = gram.shape[1]
+    first, second = pairs.unbind(-1)
+    squares = gram.diagonal(dim1=1, dim2=2)
+    parts = alpha**2 * squares.gather(1, first) + (1 - alpha) ** 2 * squares.gather(1, second)
+    squared = parts + 2 * alpha * (1 - alpha) * gram.flatten(1).gather(1, first * k + second)
+    smallest = (VANISHING * torch.finfo(gram.dtype).eps * parts).clamp_min(NORM_FLOOR**2)
+    return torch.where(squared < smallest, 0.0, squared.rsqrt())

@@ -1,0 +1,95 @@
+"""``hicl_fast::hard_negatives``: schema, fake kernel. It has no gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hicl_fast.backend import registry
+from hicl_fast.ops.autograd import runs_eagerly, without_autocast
+
+_library = torch.library.Library("hicl_fast", "FRAGMENT")
+_library.define(
+    "hard_negatives(Tensor query, Tensor key, int k, Tensor? target, Tensor? query_group, Tensor? key_group, "
+    "bool exclude_target, str backend) -> (Tensor similarity, Tensor index)"
+)
+
+
+def apply(
+    query: Tensor,  # (N, D)
+    key: Tensor,  # (M, D)
+    k: int,
+    target: Tensor | None,  # (N,) int64; −1: the row has none
+    query_group: Tensor | None,  # (N,) int64
+    key_group: Tensor | None,  # (M,) int64
+    exclude_target: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # (N, k), (N, k) int64
+    backend = registry.choose(backend, "hard_negatives", query.device.type, _sum_type(query, key))
+    eager = runs_eagerly(query, key, target, query_group, key_group)
+    run = _run if eager else torch.ops.hicl_fast.hard_negatives
+    return run(query.detach(), key.detach(), k, target, query_group, key_group, exclude_target, backend)
+
+
+def _sum_type(query: Tensor, key: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (query.dtype, key.dtype) else torch.float32
+
+
+def _check_target(target: Tensor | None, num_keys: int) -> None:
+    """Looks at host memory only: a device is never waited for."""
+    if target is None or target.device.type != "cpu" or not target.numel():
+        return
+    low, high = (int(bound) for bound in torch.aminmax(target))
+    if low < -1 or high >= num_keys:
+        raise ValueError(
+            f"target: expected indices of keys, 0 to {num_keys - 1}, or -1 for none, got values from {low} to {high}"
+        )
+
+
+def _check_found(index: Tensor, k: int) -> None:
+    """A row with too few candidates shows in its last place; a device is not asked."""
+    if index.device.type != "cpu" or not index.numel() or int(index[:, -1].min()) >= 0:
+        return
+    row = int((index[:, -1] < 0).nonzero()[0])
+    found = int((index[row] >= 0).sum())
+    raise ValueError(
+        f"k: expected at most as many as a row has candidates; row {row} has {found} outside its target and group, "
+        f"got k = {k}"
+    )
+
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    k: int,
+    target: Tensor | None,
+    query_group: Tensor | None,
+    key_group: Tensor | None,
+    exclude_target: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    _check_target(target, key.shape[0])
+    with torch.no_grad(), without_autocast(query.device.type):
+        similarity, index = registry.implementation("hard_negatives", backend).forward(
+            query, key, k, target, query_group, key_group, exclude_target
+        )
+    _check_found(index, k)
+    return similarity, index
+
+
+_library.impl("hard_negatives", _run, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("hicl_fast::hard_negatives", lib=_library)
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    k: int,
+    target: Tensor | None,
+    query_group: Tensor | None,
+    key_group: Tensor | None,
+    exclude_target: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    similarity = query.new_empty(query.shape[0], k, dtype=_sum_type(query, key))
+    return similarity, torch.empty_like(similarity, dtype=torch.int64)

@@ -1,0 +1,132 @@
+"""Hard-negative mixing: cos(q, g) and 1 / ‖g‖ for g = α n_a + (1 − α) n_b, and what their gradients add up to.
+
+A program takes one row: its k negatives pass through once, a block of dimensions at a time, and leave their k
+similarities and their k×k Gram matrix; pairs are then products with a (pairs, k) matrix of weights. In backward a
+negative that several rows share gets no atomics: each row writes its k additions, which are summed in order afterwards.
+"""
+
+# ruff: noqa: N803
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pair_weights(pairs_ptr, row, num_pairs, at, column, alpha, SUM_TYPE: tl.constexpr):
+    """(pairs, k): α where the column is the pair's first, 1 − α where it is its second; 0 beyond the last pair."""
+    inside = at < num_pairs
+    first = tl.load(pairs_ptr + (row * num_pairs + at) * 2, mask=inside, other=-1)
+    second = tl.load(pairs_ptr + (row * num_pairs + at) * 2 + 1, mask=inside, other=-1)
+    is_first, is_second = column[None, :] == first[:, None], column[None, :] == second[:, None]
+    return is_first.to(SUM_TYPE) * alpha + is_second.to(SUM_TYPE) * (1.0 - alpha)
+
+
+@triton.jit
+def load_negatives(bank_ptr, bank_row, has_row, dim, at, SUM_TYPE: tl.constexpr):
+    """Dimensions ``at`` of the row's negatives, (k, len(at)); zeros beyond the last."""
+    inside = has_row[:, None] & (at < dim)[None, :]
+    return tl.load(bank_ptr + bank_row[:, None] * dim + at[None, :], mask=inside, other=0.0).to(SUM_TYPE)
+
+
+@triton.jit
+def cosine_kernel(
+    query_ptr,  # (N, dim)
+    query_inverse_ptr,  # (N,): 1 / ‖q‖, 0 for a zero row
+    bank_ptr,  # (B, dim)
+    index_ptr,  # (N, k) int64
+    pairs_ptr,  # (N, num_pairs, 2) int64
+    alpha_ptr,  # (1,) in SUM_TYPE, which a number handed to a kernel would not be
+    cosine_ptr,  # out (N, num_pairs)
+    inverse_norm_ptr,  # out (N, num_pairs): 1 / ‖g‖, 0 where g vanishes
+    k,
+    num_pairs,
+    dim,
+    vanishing,  # of ‖g‖² relative to its parts
+    floor,  # of ‖g‖²
+    SUM_TYPE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_K)
+    alpha = tl.load(alpha_ptr)
+    bank_row = tl.load(index_ptr + row * k + column, mask=column < k, other=0)
+    similarity = tl.zeros((BLOCK_K,), dtype=SUM_TYPE)
+    gram = tl.zeros((BLOCK_K, BLOCK_K), dtype=SUM_TYPE)
+    for begin in range(0, dim, BLOCK_DIM):
+        at = begin + tl.arange(0, BLOCK_DIM)
+        negatives = load_negatives(bank_ptr, bank_row, column < k, dim, at, SUM_TYPE)
+        query = tl.load(query_ptr + row * dim + at, mask=at < dim, other=0.0).to(SUM_TYPE)
+        similarity += tl.sum(negatives * query[None, :], axis=1)
+        gram = tl.dot(negatives, tl.trans(negatives), acc=gram, input_precision="ieee", out_dtype=SUM_TYPE)
+
+    squares = tl.sum(tl.where(column[:, None] == column[None, :], gram, 0.0), axis=1)
+    query_inverse = tl.load(query_inverse_ptr + row)
+    for begin in range(0, num_pairs, BLOCK_PAIRS):
+        at = begin + tl.arange(0, BLOCK_PAIRS)
+        weights = pair_weights(pairs_ptr, row, num_pairs, at, column, alpha, SUM_TYPE)
+        reached = tl.dot(weights, gram, input_precision="ieee", out_dtype=SUM_TYPE)
+        squared = tl.sum(weights * reached, axis=1)
+        parts = tl.sum(weights * weights * squares[None, :], axis=1)
+        along = tl.sum(weights * similarity[None, :], axis=1)
+        vanishes = (squared < vanishing * parts) | (squared < floor)
+        inverse = tl.where(vanishes, 0.0, 1.0 / tl.sqrt(tl.where(vanishes, 1.0, squared)))
+        place = row * num_pairs + at
+        tl.store(inverse_norm_ptr + place, inverse, mask=at < num_pairs)
+        tl.store(cosine_ptr + place, along * query_inverse * inverse, mask=at < num_pairs)
+
+
+@triton.jit
+def gradient_kernel(
+    query_ptr,  # (N, dim)
+    query_inverse_ptr,  # (N,)
+    bank_ptr,  # (B, dim)
+    index_ptr,  # (N, k) int64
+    pairs_ptr,  # (N, num_pairs, 2) int64
+    alpha_ptr,  # (1,) in SUM_TYPE, which a number handed to a kernel would not be
+    cosine_ptr,  # (N, num_pairs)
+    inverse_norm_ptr,  # (N, num_pairs)
+    upstream_ptr,  # (N, num_pairs)
+    unit_grad_ptr,  # out (N, dim): ∂L/∂q̂ = Σ_c c_c n_c; or None
+    addition_ptr,  # out (N, k, dim): c_c q̂ − Σ_e M_ce n_e, this row's share of its negatives' gradients; or None
+    k,
+    num_pairs,
+    dim,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """c_c = Σ_p w_pc u_p / ‖g_p‖ and M_ce = Σ_p w_pc w_pe u_p cos_p / ‖g_p‖², w: the pairs' weights."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_K)
+    alpha = tl.load(alpha_ptr)
+    bank_row = tl.load(index_ptr + row * k + column, mask=column < k, other=0)
+    along = tl.zeros((BLOCK_K,), dtype=SUM_TYPE)
+    across = tl.zeros((BLOCK_K, BLOCK_K), dtype=SUM_TYPE)
+    for begin in range(0, num_pairs, BLOCK_PAIRS):
+        at = begin + tl.arange(0, BLOCK_PAIRS)
+        place, inside = row * num_pairs + at, at < num_pairs
+        weights = pair_weights(pairs_ptr, row, num_pairs, at, column, alpha, SUM_TYPE)
+        inverse = tl.load(inverse_norm_ptr + place, mask=inside, other=0.0)
+        upstream = tl.load(upstream_ptr + place, mask=inside, other=0.0).to(SUM_TYPE) * inverse
+        curvature = upstream * tl.load(cosine_ptr + place, mask=inside, other=0.0) * inverse
+        along += tl.sum(weights * upstream[:, None], axis=0)
+        across = tl.dot(
+            tl.trans(weights * curvature[:, None]), weights, acc=across, input_precision="ieee", out_dtype=SUM_TYPE
+        )
+
+    query_inverse = tl.load(query_inverse_ptr + row)
+    for begin in range(0, dim, BLOCK_DIM):
+        at = begin + tl.arange(0, BLOCK_DIM)
+        negatives = load_negatives(bank_ptr, bank_row, column < k, dim, at, SUM_TYPE)
+        if unit_grad_ptr is not None:
+            tl.store(unit_grad_ptr + row * dim + at, tl.sum(along[:, None] * negatives, axis=0), mask=at < dim)
+        if addition_ptr is not None:
+            query = tl.load(query_ptr + row * dim + at, mask=at < dim, other=0.0).to(SUM_TYPE) * query_inverse
+            pulled = tl.dot(across, negatives, input_precision="ieee", out_dtype=SUM_TYPE)
+            tl.store(
+                addition_ptr + (row * k + column[:, None]) * dim + at[None, :],
+                along[:, None] * query[None, :] - pulled,
+                mask=(column < k)[:, None] & (at < dim)[None, :],
+            )
