@@ -2,7 +2,14 @@
 
 from hicl_fast import functional
 from hicl_fast.backend import BackendError, BackendStatus, backends
-from hicl_fast.losses import FusedHiCLLoss, FusedInfoNCELoss, NegativeQueue, SegmentPooling
+from hicl_fast.losses import (
+    FusedHiCLLoss,
+    FusedInfoNCELoss,
+    HardNegativeMixing,
+    NegativeQueue,
+    PositiveMixing,
+    SegmentPooling,
+)
 
 __version__ = "0.1.0"
 
@@ -11,7 +18,9 @@ __all__ = [
     "BackendStatus",
     "FusedHiCLLoss",
     "FusedInfoNCELoss",
+    "HardNegativeMixing",
     "NegativeQueue",
+    "PositiveMixing",
     "SegmentPooling",
     "__version__",
     "backends",

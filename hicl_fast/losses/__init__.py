@@ -1,8 +1,16 @@
 """The losses as modules."""
 
 from hicl_fast.losses.hicl import FusedHiCLLoss
+from hicl_fast.losses.hncse import HardNegativeMixing, PositiveMixing
 from hicl_fast.losses.info_nce import FusedInfoNCELoss
 from hicl_fast.losses.pooling import SegmentPooling
 from hicl_fast.losses.queue import NegativeQueue
 
-__all__ = ["FusedHiCLLoss", "FusedInfoNCELoss", "NegativeQueue", "SegmentPooling"]
+__all__ = [
+    "FusedHiCLLoss",
+    "FusedInfoNCELoss",
+    "HardNegativeMixing",
+    "NegativeQueue",
+    "PositiveMixing",
+    "SegmentPooling",
+]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from hicl_fast import _checks as check
 from hicl_fast import functional as HF
+from hicl_fast.losses.hncse import HardNegativeMixing, PositiveMixing
 from hicl_fast.losses.info_nce import FusedInfoNCELoss
 from hicl_fast.losses.pooling import Pooling, SegmentPooling
 from hicl_fast.reference.info_nce import SameGroup
@@ -29,6 +30,8 @@ class FusedHiCLLoss(nn.Module):
         same_sequence: what segments of the row's own sequence are in the local loss: ``"exclude"`` (the paper's
             choice), ``"negative"`` or ``"positive"``.
         pooling: ``"length"`` weights a segment by its tokens, ``"mean"`` weights all alike.
+        hard_negative_mixing: HNCSE's mixtures of hard negatives, in the global loss.
+        positive_mixing: HNCSE's mixing of positives, in the global loss.
         queue_size: rows of earlier batches kept as negatives of the global loss; 0 keeps none.
         precision: ``None``, ``"float32"`` or ``"bf16"``; see :func:`hicl_fast.functional.info_nce`.
         backend: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
@@ -51,6 +54,8 @@ class FusedHiCLLoss(nn.Module):
         global_weight: float | None = None,
         same_sequence: SameGroup = "exclude",
         pooling: Pooling = "length",
+        hard_negative_mixing: HardNegativeMixing | None = None,
+        positive_mixing: PositiveMixing | None = None,
         queue_size: int = 0,
         precision: str | None = None,
         backend: str = "auto",
@@ -62,7 +67,14 @@ class FusedHiCLLoss(nn.Module):
         self.temperature, self.same_sequence = temperature, same_sequence
         self.precision, self.backend = precision, backend
         self.pool = SegmentPooling(pooling, backend=backend)
-        self.global_loss = FusedInfoNCELoss(temperature, queue_size=queue_size, precision=precision, backend=backend)
+        self.global_loss = FusedInfoNCELoss(
+            temperature,
+            queue_size=queue_size,
+            hard_negative_mixing=hard_negative_mixing,
+            positive_mixing=positive_mixing,
+            precision=precision,
+            backend=backend,
+        )
         self._parts: dict[str, Tensor] = {}
 
     @property

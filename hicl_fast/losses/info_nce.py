@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hicl_fast import functional as HF
+from hicl_fast.losses.hncse import Groups, HardNegativeMixing, PositiveMixing
 from hicl_fast.losses.queue import NegativeQueue
 from hicl_fast.losses.temperature import Temperature
 from hicl_fast.reference.info_nce import Reduction, SameGroup
@@ -36,6 +37,8 @@ class FusedInfoNCELoss(nn.Module):
         hard_negative_weight: added to the logit of row i's own negative (SimCSE's rule).
         same_group: what keys of a row's own group are: ``"exclude"``, ``"negative"`` or ``"positive"``.
         queue_size: rows of earlier batches' keys kept as further negatives; 0 keeps none. They join while training only.
+        hard_negative_mixing: adds mixtures of each row's hard negatives (HNCSE). Not with ``symmetric``.
+        positive_mixing: mixes the positives first (HNCSE); everything after it sees the mixed keys. Not with ``symmetric``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         precision: ``None``, ``"float32"`` or ``"bf16"``; see :func:`hicl_fast.functional.info_nce`.
         backend: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
@@ -59,15 +62,21 @@ class FusedInfoNCELoss(nn.Module):
         hard_negative_weight: float = 0.0,
         same_group: SameGroup = "exclude",
         queue_size: int = 0,
+        hard_negative_mixing: HardNegativeMixing | None = None,
+        positive_mixing: PositiveMixing | None = None,
         reduction: Reduction = "mean",
         precision: str | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        for name, mixing in (("hard_negative_mixing", hard_negative_mixing), ("positive_mixing", positive_mixing)):
+            if symmetric and mixing is not None:
+                raise ValueError(f"{name}: expected None with symmetric=True, since a mixture has one direction")
         self.temperature = Temperature(temperature, learnable_temperature)
         self.margin, self.symmetric, self.same_group = margin, symmetric, same_group
         self.hard_negative_weight = hard_negative_weight
         self.queue = NegativeQueue(queue_size) if queue_size else None
+        self.hard_negative_mixing, self.positive_mixing = hard_negative_mixing, positive_mixing
         self.reduction, self.precision, self.backend = reduction, precision, backend
         self._rows: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -98,6 +107,14 @@ class FusedInfoNCELoss(nn.Module):
         """
         use_queue = self.queue is not None and self.training
         temperature = self.temperature()
+        groups = None
+        if query_group is not None and key_group is not None and self.same_group != "negative":
+            groups = Groups(query_group, key_group)
+        if self.positive_mixing is not None:
+            key = self.positive_mixing(query, key, groups)
+        extra_logits = None
+        if self.hard_negative_mixing is not None:
+            extra_logits = self.hard_negative_mixing(query, key, temperature, groups)
         loss, positive, hardest = HF.info_nce_with_statistics(
             query,
             key,
@@ -105,6 +122,7 @@ class FusedInfoNCELoss(nn.Module):
             negatives=negatives,
             hard_negative_weight=self.hard_negative_weight if negatives is not None else 0.0,
             bank=self.queue.rows() if use_queue and self.queue is not None else None,
+            extra_logits=extra_logits,
             query_group=query_group,
             key_group=key_group,
             same_group=self.same_group,

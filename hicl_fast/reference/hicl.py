@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,10 +22,14 @@ def hicl_loss(
     global_weight: float | None = None,
     same_sequence: SameGroup = "exclude",
     pooling: str = "length",
+    global_loss: Callable[..., Tensor] = info_nce,
 ) -> Tensor:
-    """``local_weight · InfoNCE(segments) + global_weight · InfoNCE(pooled sequences)``; see :class:`hicl_fast.FusedHiCLLoss`."""
+    """``local_weight · InfoNCE(segments) + global_weight · InfoNCE(pooled sequences)``; see :class:`hicl_fast.FusedHiCLLoss`.
+
+    ``global_loss`` may mix hard negatives into the InfoNCE of sequences.
+    """
     if offsets is None:
-        return info_nce(segments, segments_positive, temperature=temperature)
+        return global_loss(segments, segments_positive, temperature=temperature)
     if global_weight is None:
         global_weight = 1.0 - local_weight
     weights = lengths if pooling == "length" else None
@@ -36,9 +42,9 @@ def hicl_loss(
         key_group=sequence,
         same_group=same_sequence,
     )
-    global_loss = info_nce(
+    between_sequences = global_loss(
         segment_pool(segments, offsets, weights),
         segment_pool(segments_positive, offsets, weights),
         temperature=temperature,
     )
-    return local_weight * local_loss + global_weight * global_loss
+    return local_weight * local_loss + global_weight * between_sequences

@@ -66,6 +66,17 @@ class MethodArguments:
         "exclude", "hicl: what segments of one document are to each other: exclude, negative or positive"
     )
     segment_pooling: str = _option("length", "hicl: weight of a segment in its document: length or mean")  # type: ignore[assignment]
+    num_hard_negatives: int = _option(10, "hncse-hnm: a row's hardest negatives, two of which are mixed")  # type: ignore[assignment]
+    num_mixed: int = _option(40, "hncse-hnm: mixtures for each row")  # type: ignore[assignment]
+    mixing_alpha: float = _option(0.5, "hncse-hnm: share of the first of two mixed negatives")  # type: ignore[assignment]
+    bank: str = _option(  # type: ignore[assignment]
+        "batch", "hncse-hnm: where hard negatives are looked for: batch, or previous (the keys of previous batches)"
+    )
+    queue_size: int = _option(1024, "hncse-hnm: keys of previous batches that are kept with --bank previous")  # type: ignore[assignment]
+    positive_threshold: float = _option(  # type: ignore[assignment]
+        0.1, "hncse-pm: a positive is mixed where it leads the hardest negative by less than this share"
+    )
+    positive_weights: str = _option("1.0,0.1", "hncse-pm: the two weights of the mixture, or search")  # type: ignore[assignment]
     backend: str = _option("auto", "of the loss: auto, torch, cpp or triton")  # type: ignore[assignment]
     check_every: int = _option(  # type: ignore[assignment]
         0, "every so many steps compare loss and gradients with the float64 reference, and stop where they differ"
@@ -74,6 +85,7 @@ class MethodArguments:
     def __post_init__(self) -> None:
         _check_choice("method", self.method, METHODS)
         _check_choice("same_sequence", self.same_sequence, ("exclude", "negative", "positive"))
+        _check_choice("bank", self.bank, ("batch", "previous"))
         _check_choice("segment_pooling", self.segment_pooling, ("length", "mean"))
 
 

@@ -80,7 +80,7 @@ def build(args: Arguments) -> tuple[ContrastiveTrainer, Path | None]:
     if args.model.freeze_word_embeddings:
         encoder.get_input_embeddings().requires_grad_(False)
 
-    method = METHODS[args.method.method](args.method)
+    method = METHODS[args.method.method](args.method, training.seed)
     trainer = ContrastiveTrainer(
         method=method,
         num_views=max(2, text.columns),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+import functools
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hicl_fast import FusedHiCLLoss, FusedInfoNCELoss, reference
+from hicl_fast.trainer import mixing
 
 if TYPE_CHECKING:
     from hicl_fast.trainer.arguments import MethodArguments
@@ -27,9 +29,11 @@ class Method(Protocol):
 
     segmented: ClassVar[bool]  # cut documents into segments?
     max_seq_length: ClassVar[int]  # default of the argument
-    fused: nn.Module  # has ``last``, scalars for the log
+    fused: Any  # the loss module: ``last`` holds scalars for the log, ``state_dict`` what a checkpoint must keep
 
-    def __init__(self, args: MethodArguments) -> None: ...
+    def __init__(self, args: MethodArguments, seed: int = 0) -> None:
+        """``seed`` is that of whatever the method draws itself."""
+        ...
 
     def loss(self, views: Views) -> Tensor:
         """The scalar to minimise."""
@@ -45,18 +49,23 @@ class SimCSE:
 
     segmented: ClassVar[bool] = False
     max_seq_length: ClassVar[int] = 32
+    mixes: ClassVar[mixing.Mixes] = mixing.Mixes()
 
-    def __init__(self, args: MethodArguments) -> None:
+    def __init__(self, args: MethodArguments, seed: int = 0) -> None:
         self.temperature, self.hard_negative_weight = args.temp, args.hard_negative_weight
-        self.fused: nn.Module = FusedInfoNCELoss(
-            args.temp, hard_negative_weight=args.hard_negative_weight, backend=args.backend
+        self.fused: FusedInfoNCELoss = FusedInfoNCELoss(
+            args.temp,
+            hard_negative_weight=args.hard_negative_weight,
+            backend=args.backend,
+            **mixing.modules(self.mixes, args, seed),
         )
 
     def loss(self, views: Views) -> Tensor:
         return self.fused(views.anchor, views.positive, views.negative)
 
     def reference(self, views: Views) -> Tensor:
-        return reference.info_nce(
+        return mixing.reference_info_nce(
+            self.fused,
             views.anchor,
             views.positive,
             temperature=self.temperature,
@@ -65,13 +74,32 @@ class SimCSE:
         )
 
 
+class HNCSENegatives(SimCSE):
+    """SimCSE with mixtures of hard negatives."""
+
+    mixes: ClassVar[mixing.Mixes] = mixing.Mixes(negatives=True)
+
+
+class HNCSEPositives(SimCSE):
+    """SimCSE with positives mixed with hard negatives."""
+
+    mixes: ClassVar[mixing.Mixes] = mixing.Mixes(positives=True)
+
+
+class HNCSE(SimCSE):
+    """Both."""
+
+    mixes: ClassVar[mixing.Mixes] = mixing.Mixes(negatives=True, positives=True)
+
+
 class HiCL:
     """Segments against themselves (local) and the documents pooled from them (global)."""
 
     segmented: ClassVar[bool] = True
     max_seq_length: ClassVar[int] = 512
+    mixes: ClassVar[mixing.Mixes] = mixing.Mixes()
 
-    def __init__(self, args: MethodArguments) -> None:
+    def __init__(self, args: MethodArguments, seed: int = 0) -> None:
         self.settings = {
             "temperature": args.temp,
             "local_weight": args.local_weight,
@@ -79,13 +107,38 @@ class HiCL:
             "same_sequence": args.same_sequence,
             "pooling": args.segment_pooling,
         }
-        self.fused: nn.Module = FusedHiCLLoss(**self.settings, backend=args.backend)  # type: ignore[arg-type]
+        self.fused: FusedHiCLLoss = FusedHiCLLoss(
+            **self.settings,  # type: ignore[arg-type]
+            backend=args.backend,
+            **mixing.modules(self.mixes, args, seed),
+        )
 
     def loss(self, views: Views) -> Tensor:
         return self.fused(views.anchor, views.positive, views.offsets, views.lengths)
 
     def reference(self, views: Views) -> Tensor:
-        return reference.hicl_loss(views.anchor, views.positive, views.offsets, views.lengths, **self.settings)  # type: ignore[arg-type]
+        global_loss = functools.partial(mixing.reference_info_nce, self.fused.global_loss)
+        return reference.hicl_loss(
+            views.anchor,
+            views.positive,
+            views.offsets,
+            views.lengths,
+            **self.settings,  # type: ignore[arg-type]
+            global_loss=global_loss,
+        )
 
 
-METHODS: dict[str, type[Method]] = {"simcse": SimCSE, "hicl": HiCL}
+class HiCLHNCSE(HiCL):
+    """HiCL with both of HNCSE's mixings in the global loss."""
+
+    mixes: ClassVar[mixing.Mixes] = mixing.Mixes(negatives=True, positives=True)
+
+
+METHODS: dict[str, type[Method]] = {
+    "simcse": SimCSE,
+    "hncse-hnm": HNCSENegatives,
+    "hncse-pm": HNCSEPositives,
+    "hncse": HNCSE,
+    "hicl": HiCL,
+    "hicl+hncse": HiCLHNCSE,
+}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -59,14 +60,9 @@ class ContrastiveTrainer(Trainer):
             anchor, positive, *negative = rows.chunk(self.num_views)
             return Views(anchor, positive, negative[0] if negative else None, inputs["offsets"], lengths)
 
-        if self._check_is_due():
-            check_loss(
-                lambda rows: self.method.loss(views(rows)),
-                lambda rows: self.method.reference(views(rows)),
-                embeddings,
-                self.state.global_step,
-            )
         loss = self.method.loss(views(embeddings))
+        if self._check_is_due():
+            check_loss(loss, embeddings, lambda rows: self.method.reference(views(rows)), self.state.global_step)
         return (loss, {"embeddings": embeddings}) if return_outputs else loss
 
     def _check_is_due(self) -> bool:
@@ -95,6 +91,27 @@ class ContrastiveTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The loss's own state (its queue, how often it drew) goes where each process's random state goes."""
+        super()._save_rng_state(output_dir)
+        state = self.method.fused.state_dict()
+        if state:
+            save_file(state, self._loss_state(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and self.method.fused.state_dict():
+            path = self._loss_state(checkpoint)
+            if not path.is_file():
+                raise ValueError(
+                    f"resume_from_checkpoint: expected the loss's state in {checkpoint}, but {path.name} is missing"
+                )
+            self.method.fused.to(self.args.device).load_state_dict(load_file(path))
+
+    def _loss_state(self, folder: str) -> Path:
+        rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        return Path(folder) / f"loss_state{rank}.safetensors"
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,11 @@ def embeddings(rows: int, width: int, spread: float) -> Tensor:
     generator = torch.Generator().manual_seed(rows)
     first = torch.randn(rows, width, generator=generator)
     return torch.cat([first, first + spread * torch.randn(rows, width, generator=generator)])
+
+
+def check(fused: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor], rows: Tensor, step: int) -> None:
+    rows.requires_grad_()
+    check_loss(fused(rows), rows, reference, step)
 
 
 def fused(temperature: float, error: float = 0.0):
@@ -35,7 +42,7 @@ def exact(temperature: float):
 @pytest.mark.parametrize("temperature", [0.01, 0.05, 1.0])
 @pytest.mark.parametrize(("rows", "spread"), [(1, 1.0), (2, 0.01), (67, 0.1), (67, 5.0)])
 def test_right_losses_pass(temperature: float, rows: int, spread: float) -> None:
-    check_loss(fused(temperature), exact(temperature), embeddings(rows, 48, spread), step=0)
+    check(fused(temperature), exact(temperature), embeddings(rows, 48, spread), step=0)
 
 
 @pytest.mark.parametrize("spread", [1.0, 5.0])
@@ -43,7 +50,7 @@ def test_wrong_temperature_is_caught(spread: float) -> None:
     with pytest.raises(
         LossMismatch, match=r"step 30: the fused loss differs from the float64 reference by \d.*rounding explains \d"
     ):
-        check_loss(fused(0.05, error=1e-3), exact(0.05), embeddings(67, 48, spread), step=30)
+        check(fused(0.05, error=1e-3), exact(0.05), embeddings(67, 48, spread), step=30)
 
 
 def test_wrong_gradient_alone_is_caught() -> None:
@@ -52,11 +59,11 @@ def test_wrong_gradient_alone_is_caught() -> None:
         return HF.info_nce(query, key.detach()) + 0.0 * key.sum()
 
     with pytest.raises(LossMismatch, match="the fused gradient differs"):
-        check_loss(half_detached, exact(0.05), embeddings(67, 48, 1.0), step=0)
+        check(half_detached, exact(0.05), embeddings(67, 48, 1.0), step=0)
 
 
 def test_nan_is_caught() -> None:
     rows = embeddings(8, 16, 1.0)
     rows[3, 3] = torch.nan
     with pytest.raises(LossMismatch, match="nan"):
-        check_loss(fused(0.05), exact(0.05), rows, step=0)
+        check(fused(0.05), exact(0.05), rows, step=0)

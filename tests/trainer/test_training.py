@@ -66,6 +66,13 @@ def test_hicl_on_one_segment_documents_is_simcse(tmp_path: Path, sentences: Path
     assert losses(tmp_path / "simcse") == pytest.approx(losses(tmp_path / "hicl"), rel=1e-3)
 
 
+@pytest.mark.parametrize("method", ["hncse-hnm", "hncse-pm", "hncse", "hicl+hncse"])
+def test_mixing_learns(tmp_path: Path, sentences: Path, command: Command, method: str) -> None:
+    train(command(sentences, method=method, max_steps=20, check_every=2, max_seq_length=32))
+    run = losses(tmp_path / "run")
+    assert len(run) == 20 and sum(run[-5:]) < 0.7 * sum(run[:5])
+
+
 def test_hard_negatives_of_a_csv(tmp_path: Path, sentences: Path, command: Command) -> None:
     documents = sentences.read_text().splitlines()
     rows = (",".join(documents[index : index + 3]) for index in range(0, 150, 3))
@@ -130,7 +137,9 @@ def test_evaluation_during_and_after_training(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "simcs"}, "method: expected one of simcse, hicl"),
+        ({"method": "simcs"}, "method: expected one of simcse, hncse-hnm, "),
+        ({"method": "hncse-pm", "positive_weights": "1"}, "positive_weights: expected two numbers"),
+        ({"bank": "last"}, "bank: expected one of batch, previous"),
         ({"pooler_type": "max"}, "pooler_type: expected one of cls"),
         ({"mlp_only_train": True}, "mlp_only_train: expected --pooler_type cls"),
         ({"max_seq_length": 513}, "max_seq_length: expected 3 to 512 tokens, .* got 513"),
@@ -162,9 +171,19 @@ def start(arguments: list[str], cwd: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(program, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize("method", ["simcse", "hicl"])
-def test_killed_run_resumes_to_the_same_losses(tmp_path: Path, sentences: Path, command: Command, method: str) -> None:
-    settings = {"method": method, "max_steps": 24, "save_strategy": "steps", "save_steps": 4, "check_every": 8}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "simcse"},
+        {"method": "hicl"},
+        {"method": "hncse", "bank": "previous", "queue_size": 300},  # still half full at the checkpoint
+    ],
+    ids=lambda options: options["method"],
+)
+def test_killed_run_resumes_to_the_same_losses(
+    tmp_path: Path, sentences: Path, command: Command, options: dict[str, object]
+) -> None:
+    settings = {**options, "max_steps": 24, "save_strategy": "steps", "save_steps": 4, "check_every": 8}
     train(command(sentences, "whole", **settings))
 
     process = start(command(sentences, "killed", **settings), tmp_path)

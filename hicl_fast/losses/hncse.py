@@ -1,0 +1,189 @@
+"""HNCSE's two ways of making harder examples, as parts of a loss (arXiv 2411.12156)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hicl_fast import _checks as check
+from hicl_fast import functional as HF
+from hicl_fast.losses.queue import NegativeQueue
+from hicl_fast.ops.positive_mixing import Weights
+
+LARGEST_AUTO_K = 10
+
+
+class Groups(NamedTuple):
+    """Keys of a query's own group are nobody's hard negatives for it."""
+
+    query: Tensor  # (N,) int64
+    key: Tensor  # (M,) int64
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What the last call mixed: enough to compute the same logits again."""
+
+    bank: Tensor  # (B, D), or (M, D) with bank="batch"
+    index: Tensor  # (N, k) int64, rows of the bank
+    pairs: Tensor  # (N, m, 2) int64, places in index
+
+
+class HardNegativeMixing(nn.Module):
+    r"""Mixtures of each row's hard negatives as further negatives of that row.
+
+    .. math:: g = \alpha\, n_a + (1 - \alpha)\, n_b, \qquad \ell = \frac{1}{\tau} \frac{q \cdot g}{\|q\| \|g\|}
+
+    :math:`n_a, n_b` are two of the row's k most similar negatives, not normalised, drawn anew in every training step
+    from (seed, step, row): a resumed run draws what it would have drawn. Gradients reach the query and, with
+    ``bank="batch"``, the keys that were mixed.
+
+    Args:
+        k: how many of a row's hardest negatives are mixed; ``"auto"``: up to 10, as many as every row has.
+        num_mixed: m, mixtures for each row.
+        alpha: α.
+        bank: where hard negatives are looked for: ``"batch"`` (the authors' code), the keys the row is compared with
+            but its own positive and its group's; or ``"previous"`` (the paper), the keys of previous batches, none of
+            which is anyone's positive.
+        queue_size: rows of previous batches that are kept, with ``bank="previous"``. While there are fewer than k, all
+            of them are mixed; while there are fewer than two, nothing is.
+        seed: of the pairs; default: PyTorch's initial seed.
+        backend: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
+
+    Attributes:
+        mixed: what the last call mixed, or ``None``.
+    """
+
+    step: Tensor  # () int64, on the CPU: calls so far
+    mixed: Mixed | None
+
+    def __init__(
+        self,
+        k: int | Literal["auto"] = 10,
+        num_mixed: int = 40,
+        alpha: float = 0.5,
+        *,
+        bank: Literal["batch", "previous"] = "batch",
+        queue_size: int = 1024,
+        seed: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check.one_of("bank", bank, ("batch", "previous"))
+        if k != "auto" and (isinstance(k, bool) or not isinstance(k, int) or k < 2):
+            raise ValueError(f"k: expected 'auto' or at least 2 negatives, of which two are mixed, got {k!r}")
+        if isinstance(num_mixed, bool) or not isinstance(num_mixed, int) or num_mixed < 1:
+            raise ValueError(f"num_mixed: expected at least 1 mixture a row, got {num_mixed!r}")
+        if not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"alpha: expected 0 to 1, got {alpha!r}")
+        self.k, self.num_mixed, self.alpha, self.bank, self.backend = k, num_mixed, alpha, bank, backend
+        self.seed = torch.initial_seed() if seed is None else seed
+        self.queue = NegativeQueue(queue_size) if bank == "previous" else None
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.mixed = None
+
+    def forward(
+        self, query: Tensor, key: Tensor, temperature: float | Tensor, groups: Groups | None = None
+    ) -> Tensor | None:
+        """Logits (N, m) of the mixtures for ``query`` (N, D) and ``key`` (M, D), key i being query i's positive.
+
+        ``None`` where there is nothing to mix: fewer than two negatives, with ``k="auto"`` or ``bank="previous"``.
+
+        Raises:
+            ValueError: a row has fewer negatives than k.
+        """
+        bank = key if self.queue is None else self.queue.rows()
+        k = 0 if bank is None else self._k(query, bank, groups)
+        self.mixed = None
+        logits = None
+        if bank is not None and k >= 2:
+            index = self._hard_negatives(query, bank, k, groups)
+            pairs = HF.random_pairs(len(query), self.num_mixed, k, self._step_seed(), query.device)
+            self.mixed = Mixed(bank.detach(), index, pairs)
+            logits = HF.mixed_negative_logits(
+                query, bank, index, pairs, alpha=self.alpha, temperature=temperature, backend=self.backend
+            )
+        if self.training:
+            self.step = self.step + 1
+            if self.queue is not None:
+                self.queue.push(key)
+        return logits
+
+    def _hard_negatives(self, query: Tensor, bank: Tensor, k: int, groups: Groups | None) -> Tensor:
+        if self.queue is not None:
+            return HF.hard_negatives(query, bank, k, exclude_target=False, backend=self.backend)[1]
+        query_group, key_group = (None, None) if groups is None else groups
+        return HF.hard_negatives(query, bank, k, query_group=query_group, key_group=key_group, backend=self.backend)[1]
+
+    def _k(self, query: Tensor, bank: Tensor, groups: Groups | None) -> int:
+        if self.queue is not None:
+            return min(LARGEST_AUTO_K if self.k == "auto" else int(self.k), len(bank))
+        return min(LARGEST_AUTO_K, fewest_candidates(query, bank, groups)) if self.k == "auto" else int(self.k)
+
+    def _step_seed(self) -> int:
+        return self.seed + (int(self.step) << 32)
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        """Move the queue, but keep the count in host memory: reading it must not wait for a device."""
+        module = super()._apply(fn, recurse)
+        self.step = self.step.cpu()
+        return module
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, num_mixed={self.num_mixed}, alpha={self.alpha}, bank={self.bank!r}, seed={self.seed}"
+
+
+class PositiveMixing(nn.Module):
+    """Each row's positive mixed with its hardest negative where the two are near each other.
+
+    With d₁ and d₂ the query's similarities to its positive p and its hardest negative n: where d₁ > d₂ by at most
+    ``threshold`` · d₁, p becomes w₁ p + w₂ n; where d₁ ≤ d₂, it becomes (d₁ p + d₂ n) / (d₁ + d₂); elsewhere, and where
+    a similarity has no sense as a weight (d₁ ≤ 0), it stays. Gradients reach p and n; the weights are constants.
+
+    Args:
+        threshold: how much smaller than d₁, relative to it, d₂ may be.
+        weights: (w₁, w₂), or ``"search"``: the best of a grid; see :func:`hicl_fast.functional.positive_mixing`.
+        backend: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
+
+    Attributes:
+        hardest: (N,) int64, the key that the last call took for each row's hardest negative; or ``None``.
+    """
+
+    hardest: Tensor | None
+
+    def __init__(self, threshold: float = 0.1, weights: Weights = (1.0, 0.1), *, backend: str = "auto") -> None:
+        super().__init__()
+        self.threshold, self.weights, self.backend = threshold, weights, backend
+        self.hardest = None
+
+    def forward(self, query: Tensor, key: Tensor, groups: Groups | None = None) -> Tensor:
+        """The keys (M, D) with the positives of ``query`` (N, D), the first N of them, mixed.
+
+        A row without a negative keeps its positive.
+        """
+        self.hardest = None
+        if fewest_candidates(query, key, groups) < 1:
+            return key
+        query_group, key_group = (None, None) if groups is None else groups
+        _, index = HF.hard_negatives(query, key, 1, query_group=query_group, key_group=key_group, backend=self.backend)
+        self.hardest = index[:, 0]
+        positive, others = key[: len(query)], key[len(query) :]
+        mixed = HF.positive_mixing(query, positive, key[self.hardest], threshold=self.threshold, weights=self.weights)
+        return torch.cat([mixed, others]) if len(others) else mixed
+
+    def extra_repr(self) -> str:
+        return f"threshold={self.threshold}, weights={self.weights}"
+
+
+def fewest_candidates(query: Tensor, key: Tensor, groups: Groups | None) -> int:
+    """The smallest number of negatives that a row has among the keys."""
+    if groups is None:
+        return len(key) - 1
+    values, counts = torch.unique(groups.key, return_counts=True)
+    at = torch.searchsorted(values, groups.query).clamp_max(len(values) - 1)
+    same = torch.where(values[at] == groups.query, counts[at], 0)
+    own_is_counted = groups.key[: len(query)] == groups.query
+    return len(key) - int((same + (~own_is_counted).long()).max())

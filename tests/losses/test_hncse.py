@@ -1,0 +1,193 @@
+"""Hard-negative and positive mixing inside the losses, against the reference given the same choices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hicl_fast import FusedHiCLLoss, FusedInfoNCELoss, HardNegativeMixing, PositiveMixing, reference
+from hicl_fast.losses.hncse import Groups, fewest_candidates
+
+
+def views(n: int = 24, d: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Two views whose similarities leave some positives behind their hardest negatives."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(n, d, generator=generator) + 1.0
+    key = query + 1.5 * torch.randn(n, d, generator=generator)
+    return query.requires_grad_(), key.requires_grad_()
+
+
+def gradients(loss: Tensor, *inputs: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, inputs, retain_graph=True))
+
+
+def assert_same(loss: FusedInfoNCELoss, query: Tensor, key: Tensor, **options: Any) -> None:
+    """The fused loss equals the reference in float64 with the negatives and pairs that the fused one chose."""
+    fused = loss(query, key, **{k: v for k, v in options.items() if k != "hard_negative_weight"})
+    q, k = (x.detach().double().requires_grad_() for x in (query, key))
+    positives, negatives = loss.positive_mixing, loss.hard_negative_mixing
+    mixed_key = k
+    if positives is not None:
+        rows = k[: len(q)]
+        settings = {"threshold": positives.threshold, "weights": positives.weights}
+        mixed_key = torch.cat([reference.positive_mixing(q, rows, k[positives.hardest], **settings), k[len(q) :]])
+    extra = None
+    if negatives is not None:
+        mixed = negatives.mixed
+        bank = mixed_key if negatives.queue is None else mixed.bank.double()
+        extra = reference.mixed_negative_logits(
+            q, bank, mixed.index, mixed.pairs, alpha=negatives.alpha, temperature=0.05
+        )
+    exact = reference.info_nce(q, mixed_key, temperature=0.05, extra_logits=extra, **options)
+    torch.testing.assert_close(fused.double(), exact, rtol=1e-5, atol=1e-6)
+    for got, expected in zip(gradients(fused, query, key), gradients(exact, q, k), strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("hnm", [None, {}, {"k": 2, "num_mixed": 1}, {"k": "auto", "alpha": 0.3}], ids=str)
+@pytest.mark.parametrize("pm", [None, {}, {"threshold": 0.5, "weights": (0.7, 0.4)}, {"weights": "search"}], ids=str)
+@pytest.mark.parametrize("more_keys", [0, 5])
+def test_against_the_reference(hnm: dict[str, Any] | None, pm: dict[str, Any] | None, more_keys: int) -> None:
+    query, key = views()
+    key = torch.cat([key, torch.randn(more_keys, 16)]).detach().requires_grad_()
+    loss = FusedInfoNCELoss(
+        hard_negative_mixing=None if hnm is None else HardNegativeMixing(**hnm, seed=3),
+        positive_mixing=None if pm is None else PositiveMixing(**pm),
+    )
+    assert_same(loss, query, key)
+
+
+def test_with_explicit_negatives_and_groups() -> None:
+    query, key = views()
+    group = torch.arange(24) // 2
+    loss = FusedInfoNCELoss(
+        hard_negative_weight=0.5,
+        hard_negative_mixing=HardNegativeMixing(k=5, seed=1),
+        positive_mixing=PositiveMixing(),
+    )
+    assert_same(
+        loss,
+        query,
+        key,
+        negatives=torch.randn(24, 16),
+        hard_negative_weight=0.5,
+        query_group=group,
+        key_group=group,
+    )
+    assert not (group[loss.hard_negative_mixing.mixed.index] == group[:, None]).any()
+    assert not (group[loss.positive_mixing.hardest] == group).any()
+
+
+def test_mixing_acts_on_the_global_loss_of_hicl() -> None:
+    segments, again = views(40)
+    offsets = torch.arange(0, 41, 4)
+    plain = FusedHiCLLoss()
+    mixing = FusedHiCLLoss(hard_negative_mixing=HardNegativeMixing(k=4, seed=0), positive_mixing=PositiveMixing())
+    parts = []
+    for loss in (plain, mixing):
+        loss(segments, again, offsets, torch.ones(40)).backward()
+        parts.append(loss.last)
+    assert parts[0]["local"] == parts[1]["local"]
+    assert parts[1]["global"] > parts[0]["global"] + 0.01
+    assert mixing.global_loss.hard_negative_mixing.mixed.index.shape == (10, 4)
+
+
+def test_pairs_change_from_step_to_step_and_resume() -> None:
+    query, key = views()
+    first, resumed = (HardNegativeMixing(seed=5) for _ in range(2))
+    first(query, key, 0.05)
+    resumed.load_state_dict(first.state_dict())
+    before = first.mixed.pairs
+    for mixing in (first, resumed):
+        mixing(query, key, 0.05)
+    assert torch.equal(first.mixed.pairs, resumed.mixed.pairs)
+    assert not torch.equal(first.mixed.pairs, before)
+
+
+def test_evaluation_does_not_advance_the_pairs() -> None:
+    query, key = views()
+    mixing = HardNegativeMixing(seed=5).eval()
+    mixing(query, key, 0.05)
+    before = mixing.mixed.pairs
+    mixing(query, key, 0.05)
+    assert torch.equal(mixing.mixed.pairs, before)
+
+
+def test_bank_of_previous_batches_fills_up() -> None:
+    loss = FusedInfoNCELoss(hard_negative_mixing=HardNegativeMixing(k=6, bank="previous", queue_size=10, seed=0))
+    mixing = loss.hard_negative_mixing
+    for step, kept in enumerate((0, 4, 8, 10, 10)):
+        query, key = views(4, seed=step)
+        plain = FusedInfoNCELoss()(query, key)
+        value = loss(query, key)
+        if kept == 0:
+            assert mixing.mixed is None and torch.equal(value, plain)
+            continue
+        assert mixing.mixed.bank.shape[0] == kept
+        assert mixing.mixed.index.shape == (4, min(6, kept))
+        assert value > plain
+        assert not mixing.mixed.bank.requires_grad
+        assert (torch.cdist(mixing.mixed.bank, key) > 0).all()  # none is this batch's
+    assert_same(loss, *views(4, seed=9))
+
+
+def test_a_half_full_bank_resumes() -> None:
+    first, resumed = (HardNegativeMixing(k=3, bank="previous", queue_size=10, seed=0) for _ in range(2))
+    for step in range(2):
+        first(*views(3, seed=step), 0.05)
+    resumed.load_state_dict(first.state_dict())
+    for step in range(2, 6):
+        a, b = (mixing(*views(3, seed=step), 0.05) for mixing in (first, resumed))
+        assert torch.equal(a, b)
+
+
+def test_fewer_negatives_than_k() -> None:
+    query, key = views(6)
+    with pytest.raises(ValueError, match=r"\b5\b.*\b10\b|\b10\b.*\b5\b"):
+        HardNegativeMixing(k=10)(query, key, 0.05)
+    mixing = HardNegativeMixing(k="auto")
+    mixing(query, key, 0.05)
+    assert mixing.mixed.index.shape == (6, 5)
+    group = torch.tensor([0, 0, 0, 1, 1, 2])
+    mixing(query, key, 0.05, Groups(group, group))
+    assert mixing.mixed.index.shape == (6, 3)
+
+
+def test_a_batch_of_one() -> None:
+    query, key = views(1)
+    loss = FusedInfoNCELoss(hard_negative_mixing=HardNegativeMixing(k="auto"), positive_mixing=PositiveMixing())
+    assert loss(query, key) == 0
+    assert loss.hard_negative_mixing.mixed is None and loss.positive_mixing.hardest is None
+
+
+def test_candidates_of_groups() -> None:
+    query, key = views(4)
+    key = torch.cat([key, key])
+    assert fewest_candidates(query, key, None) == 7
+    groups = Groups(torch.tensor([0, 1, 2, 9]), torch.tensor([0, 1, 2, 3, 0, 0, 5, 5]))
+    assert fewest_candidates(query, key, groups) == 5  # row 0 has two more of its group; row 3 loses its positive only
+
+
+def test_duplicate_sentences() -> None:
+    query, key = views(5)
+    query, key = (x.detach().repeat(3, 1).requires_grad_() for x in (query, key))
+    assert_same(FusedInfoNCELoss(hard_negative_mixing=HardNegativeMixing(k=4, seed=2)), query, key)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: HardNegativeMixing(k=1), "k: expected"),
+        (lambda: HardNegativeMixing(num_mixed=0), "num_mixed: expected"),
+        (lambda: HardNegativeMixing(alpha=1.5), "alpha: expected"),
+        (lambda: HardNegativeMixing(bank="all"), "bank: expected"),
+        (lambda: FusedInfoNCELoss(symmetric=True, positive_mixing=PositiveMixing()), "positive_mixing: expected"),
+        (lambda: FusedInfoNCELoss(symmetric=True, hard_negative_mixing=HardNegativeMixing()), "hard_negative_mixing"),
+    ],
+)
+def test_wrong_settings_are_named(build: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
