@@ -12,15 +12,15 @@ matrix products S = Q Kᵀ, S K, Sᵀ Q with PyTorch's BLAS, below which no exac
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
+from inputs import embeddings, gradient_step
 from measure import Step, Timing, available_bytes, duration, machine, peak_bytes, time_in_turn
+from report import table, write
 from rivals import RIVALS, Batch, Loss, Missing, Rival, fused_rivals
 from tqdm import tqdm
 
@@ -43,11 +43,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for n in args.batch_sizes:
         rows += measure_batch(args, n, device, dtype)
-        print(table([row for row in rows if row["batch"] == n]), flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
-    if args.plot:
-        plot(rows, about, args.plot)
+        print(table([row for row in rows if row["batch"] == n], "x limit"), flush=True)
+    write(rows, about, LIMIT, args.json, args.plot)
     return rows
 
 
@@ -89,7 +86,7 @@ def measure_batch(args: argparse.Namespace, n: int, device: torch.device, dtype:
         try:
             loss = ready(rival, batch)
             row["error"] = check(rival, loss, batch)
-            run = step(loss, batch)
+            run = gradient_step(loss, batch.query, batch.key)
             once = duration(run, device)
         except Missing as reason:
             row["skipped"] = str(reason)
@@ -108,7 +105,7 @@ def measure_batch(args: argparse.Namespace, n: int, device: torch.device, dtype:
         rows.setdefault(name, {"batch": n, "name": name}).update(asdict(timing), memory=memory.get(name))
     for row in rows.values():
         if "median" in row:
-            row["ratio_to_limit"] = row["median"] / limit
+            row["ratio"] = row["median"] / limit
     return list(rows.values())
 
 
@@ -120,14 +117,7 @@ def choose_rivals(args: argparse.Namespace, dtype: torch.dtype) -> Iterator[Riva
 
 
 def make_batch(n: int, d: int, device: torch.device, dtype: torch.dtype, temperature: float) -> Batch:
-    """Embeddings with a common direction, as an encoder's have, and keys that resemble their queries."""
-    generator = torch.Generator().manual_seed(n)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
-
-    query = noise(n, d) + 0.7 * noise(1, d)
-    key = query + 1.5 * noise(n, d)
+    query, key = embeddings(n, d, device)
     return Batch(query.to(dtype), key.to(dtype), temperature)
 
 
@@ -172,17 +162,6 @@ def loss_and_gradients(loss: Loss, query: torch.Tensor, key: torch.Tensor) -> tu
     return value.detach(), *torch.autograd.grad(value, (query, key))
 
 
-def step(loss: Loss, batch: Batch) -> Step:
-    query, key = batch.query.detach().requires_grad_(), batch.key.detach().requires_grad_()
-
-    def run() -> None:
-        query.grad = key.grad = None
-        loss(query, key).backward()
-        query.grad = key.grad = None
-
-    return run
-
-
 def limit_step(batch: Batch) -> Step:
     query, key = batch.query, batch.key
     similarity = query.new_empty(query.shape[0], key.shape[0])
@@ -194,45 +173,6 @@ def limit_step(batch: Batch) -> Step:
         torch.mm(similarity.T, query, out=key_grad)
 
     return run
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"\n{'N':>6}  {'':32}{'ms':>10}  {'fastest–slowest':>19}{'x limit':>9}{'memory MB':>11}{'error':>9}"]
-    for row in sorted(rows, key=lambda row: row.get("median", float("inf"))):
-        head = f"{row['batch']:>6}  {row['name']:32}"
-        if "skipped" in row:
-            lines.append(f"{head}skipped: {row['skipped']}")
-            continue
-        memory = "" if row["memory"] is None else f"{row['memory'] / 1e6:.1f}"
-        error = f"{row['error']:.0e}" if "error" in row else ""
-        spread = f"{row['fastest'] * 1e3:.3f}–{row['slowest'] * 1e3:.3f}"
-        times = f"{row['median'] * 1e3:>10.3f}  {spread:>19}{row['ratio_to_limit']:>9.2f}"
-        lines.append(f"{head}{times}{memory:>11}{error:>9}")
-    return "\n".join(lines)
-
-
-def plot(rows: list[dict[str, Any]], about: dict[str, Any], path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (time_axis, memory_axis) = plt.subplots(1, 2, figsize=(13, 5))
-    for name in dict.fromkeys(row["name"] for row in rows if "median" in row):
-        own = [row for row in rows if row["name"] == name and "median" in row]
-        style = {"linestyle": "--", "color": "black"} if name == LIMIT else {"marker": "o", "markersize": 4}
-        time_axis.plot([r["batch"] for r in own], [r["median"] * 1e3 for r in own], label=name, **style)
-        if name != LIMIT:
-            memory_axis.plot(
-                [r["batch"] for r in own], [max(r["memory"] or 0, 1) / 1e6 for r in own], label=name, **style
-            )
-    for axis, label in ((time_axis, "forward + backward, ms"), (memory_axis, "memory beyond the inputs, MB")):
-        axis.set(xscale="log", yscale="log", xlabel="batch size", ylabel=label)
-        axis.grid(alpha=0.3)
-    time_axis.legend(fontsize=8)
-    figure.suptitle(f"{about['device']}, {about['dtype']}, D = {about['dim']}, torch {about['torch']}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

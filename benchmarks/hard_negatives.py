@@ -1,0 +1,203 @@
+"""Times InfoNCE with HNCSE's hard-negative mixing, forward + backward, against other ways to compute the same.
+
+    python benchmarks/hard_negatives.py                              N = 64 and 1024, k = 10, m = 40
+    python benchmarks/hard_negatives.py --batch-sizes 4096 -k 32 --num-mixed 100 --rivals none
+
+`x plain` is a candidate's time over that of the plain fused InfoNCE step on the first backend. `authors' loop` is the
+published form, row by row in Python; `eager` is vectorised and builds the (N, m, D) mixtures. Every candidate is checked
+in float64 with the pairs it drew before it is timed. The two selections, without a loss, are timed beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from inputs import embeddings, gradient_step
+from measure import Step, available_bytes, duration, machine, peak_bytes, time_in_turn
+from report import Row, table, write
+from torch import Tensor
+from tqdm import tqdm
+
+import hicl_fast
+import hicl_fast.functional as HF
+from hicl_fast import FusedInfoNCELoss, HardNegativeMixing, reference
+
+PLAIN = "InfoNCE without mixing"
+TEMPERATURE = 0.05
+TOLERANCE = 1e-4
+Loss = Callable[..., Tensor]  # query (N, D), key (N, D), pairs (N, m, 2) -> ()
+
+
+def main(argv: list[str] | None = None) -> list[Row]:
+    args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    about = machine(device) | {"dim": args.dim, "dtype": "float32", "k": args.k, "num_mixed": args.num_mixed}
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    rows: list[Row] = []
+    for n in args.batch_sizes:
+        measured = measure_batch(args, n, device)
+        print(table(measured, "x plain"), flush=True)
+        rows += measured
+    write(rows, about, PLAIN, args.json, args.plot)
+    return rows
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    available = [status.name for status in hicl_fast.backends() if status.available]
+    add("--batch-sizes", type=int, nargs="+", default=[64, 1024], metavar="N")
+    add("-k", type=int, default=10, help="hard negatives of a row")
+    add("--num-mixed", type=int, default=40, metavar="M", help="mixtures for each row")
+    add("--dim", type=int, default=768)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--backends", nargs="+", choices=available, default=available[::-1], metavar="NAME")
+    add("--rivals", nargs="+", choices=["none", *RIVALS], default=list(RIVALS), metavar="NAME", help="or none")
+    add("--seconds", type=float, default=10.0, help="of timing for each batch size")
+    add("--threads", type=int, help="default: PyTorch's")
+    add("--json", metavar="FILE")
+    add("--plot", metavar="FILE.png")
+    return parser.parse_args(argv)
+
+
+def measure_batch(args: argparse.Namespace, n: int, device: torch.device) -> list[Row]:
+    query, key = embeddings(n, args.dim, device)
+    rows: dict[str, Row] = {}
+    steps: dict[str, Step] = {PLAIN: gradient_step(lambda q, k: plain(q, k, args.backends[0]), query, key)}
+    for backend in args.backends:
+        loss = fused(args, backend)
+        rows[f"hicl_fast {backend}"] = {"error": check_fused(loss, query, key)}
+        steps[f"hicl_fast {backend}"] = gradient_step(loss, query, key)
+    pairs = HF.random_pairs(n, args.num_mixed, args.k, 0, device)
+    for name in tqdm([r for r in args.rivals if r != "none"], desc=f"N = {n}: checking", leave=False, file=sys.stderr):
+        reason = hindrance(name, n, args, device)
+        if reason:
+            rows[name] = {"skipped": reason}
+            continue
+        rival = RIVALS[name]
+        rows[name] = {"error": check(partial(rival, pairs=pairs), query, key, args.k, pairs)}
+        steps[name] = gradient_step(partial(rival, pairs=pairs), query, key)
+    steps |= selections(args, query, key)
+    once = {name: duration(step, device) for name, step in steps.items()}
+    fast = {name: step for name, step in steps.items() if once[name] <= args.seconds / 5}
+    memory = {name: peak_bytes(step, device) for name, step in fast.items()}
+    timings = time_in_turn(fast, args.seconds, device, f"N = {n}: timing")
+    for name in steps:
+        row = rows.setdefault(name, {})
+        row |= asdict(timings[name]) if name in timings else dict.fromkeys(("median", "fastest", "slowest"), once[name])
+        row |= {"memory": memory.get(name), "ratio": row["median"] / timings[PLAIN].median}
+    return [{"batch": n, "name": name, **row} for name, row in rows.items()]
+
+
+def selections(args: argparse.Namespace, query: Tensor, key: Tensor) -> dict[str, Step]:
+    steps: dict[str, Step] = {}
+    for backend in args.backends:
+        steps[f"selection: {backend}"] = partial(HF.hard_negatives, query, key, args.k, backend=backend)
+    steps["selection: torch.topk of N × N"] = lambda: hardest(F.normalize(query) @ F.normalize(key).T, args.k)
+    return steps
+
+
+# --- the same loss in several ways -----------------------------------------------------------------------------------
+
+
+def plain(query: Tensor, key: Tensor, backend: str) -> Tensor:
+    return HF.info_nce(query, key, temperature=TEMPERATURE, backend=backend)
+
+
+def fused(args: argparse.Namespace, backend: str) -> FusedInfoNCELoss:
+    mixing = HardNegativeMixing(args.k, args.num_mixed, seed=0, backend=backend)
+    return FusedInfoNCELoss(TEMPERATURE, hard_negative_mixing=mixing, backend=backend)
+
+
+def hardest(similarity: Tensor, k: int) -> Tensor:  # (N, N) -> (N, k)
+    own = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    return similarity.masked_fill(own, -torch.inf).topk(k, dim=1).indices
+
+
+def eager(query: Tensor, key: Tensor, pairs: Tensor) -> Tensor:
+    unit_query = F.normalize(query)
+    similarity = unit_query @ F.normalize(key).T
+    index = hardest(similarity.detach(), int(pairs.max()) + 1)
+    first, second = (key[index.gather(1, pairs[..., side])] for side in (0, 1))
+    mixed = torch.einsum("nd,nmd->nm", unit_query, F.normalize((first + second) / 2, dim=-1))
+    logits = torch.cat([similarity, mixed], dim=1) / TEMPERATURE
+    return F.cross_entropy(logits, torch.arange(len(query), device=query.device))
+
+
+def authors_loop(query: Tensor, key: Tensor, pairs: Tensor) -> Tensor:
+    """Row by row, one mixture after the other."""
+    k = int(pairs.max()) + 1
+    losses = []
+    for i in range(len(query)):
+        similarity = F.cosine_similarity(query[i : i + 1], key)
+        others = torch.cat([similarity[:i], similarity[i + 1 :]])
+        keys = torch.cat([key[:i], key[i + 1 :]])
+        index = others.detach().topk(k).indices
+        mixed = []
+        for a, b in pairs[i].tolist():
+            g = 0.5 * keys[index[a]] + 0.5 * keys[index[b]]
+            mixed.append(F.cosine_similarity(query[i], g, dim=0))
+        logits = torch.cat([similarity[i : i + 1], others, torch.stack(mixed)]) / TEMPERATURE
+        losses.append(torch.logsumexp(logits, dim=0) - logits[0])
+    return torch.stack(losses).mean()
+
+
+RIVALS: dict[str, Loss] = {"eager": eager, "authors' loop": authors_loop}
+
+
+def hindrance(name: str, n: int, args: argparse.Namespace, device: torch.device) -> str:
+    """Why a rival can't take part at this size; empty where it can."""
+    if name == "authors' loop" and n > 256:
+        return f"takes about {n * 4e-3:.0f} s a step"
+    needed, there = 24 * n * args.num_mixed * args.dim + 24 * n * n, available_bytes(device)
+    if name == "eager" and needed > 0.8 * there:
+        return f"would take about {needed / 1e9:.0f} GB, {there / 1e9:.0f} GB are free"
+    return ""
+
+
+def check_fused(loss: FusedInfoNCELoss, query: Tensor, key: Tensor) -> float:
+    loss(query, key)
+    mixing = loss.hard_negative_mixing
+    assert mixing is not None and mixing.mixed is not None
+    index, pairs, seed_step = mixing.mixed.index, mixing.mixed.pairs, mixing.step - 1
+
+    def again(q: Tensor, k: Tensor) -> Tensor:
+        mixing.step = seed_step  # the same pairs
+        return loss(q, k)
+
+    return check(again, query, key, index.shape[1], pairs)
+
+
+def check(loss: Callable[[Tensor, Tensor], Tensor], query: Tensor, key: Tensor, k: int, pairs: Tensor) -> float:
+    """The largest relative error of loss and gradients against the reference in float64.
+
+    Raises:
+        RuntimeError: it computes something else.
+    """
+
+    def oracle(q: Tensor, keys: Tensor) -> Tensor:
+        _, index = reference.hard_negatives(q.detach(), keys.detach(), k)
+        extra = reference.mixed_negative_logits(q, keys, index, pairs, temperature=TEMPERATURE)
+        return reference.info_nce(q, keys, temperature=TEMPERATURE, extra_logits=extra)
+
+    results = []
+    for function, dtype in ((loss, query.dtype), (oracle, torch.float64)):
+        q, keys = (x.detach().to(dtype).clone().requires_grad_() for x in (query, key))
+        value = function(q, keys)
+        results.append([value.detach(), *torch.autograd.grad(value, (q, keys))])
+    error = max(float((got.double() - exact).norm() / exact.norm()) for got, exact in zip(*results, strict=True))
+    if not error <= TOLERANCE:
+        raise RuntimeError(f"wrong: relative error {error:.1e} against the reference, {TOLERANCE:.0e} is allowed")
+    return error
+
+
+if __name__ == "__main__":
+    main()
