@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hicl_fast.ops.problem import NORM_FLOOR
+from hicl_fast.ops.problem import NORM_FLOOR, sum_type
 
 CHUNK_ROWS, CHUNK_COLUMNS = 1024, 2048
 CHUNK_BYTES = 32 << 20  # of a chunk's rows, in the type of the sums
@@ -30,7 +30,7 @@ def forward(
     exclude_target: bool,
 ) -> tuple[Tensor, Tensor]:  # (N, k), (N, k) int64
     n, device = query.shape[0], query.device
-    dtype = torch.float64 if torch.float64 in (query.dtype, key.dtype) else torch.float32
+    dtype = sum_type(query, key)
     similarity = torch.empty(n, k, dtype=dtype, device=device)
     index = torch.empty(n, k, dtype=torch.int64, device=device)
     if exclude_target and target is None:

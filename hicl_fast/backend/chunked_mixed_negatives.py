@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hicl_fast.ops.problem import sum_type
 from hicl_fast.reference.info_nce import NORM_FLOOR
 
 CHUNK_BYTES = 32 << 20  # of a chunk's negatives
@@ -72,10 +73,6 @@ def backward(
             negatives_grad = torch.baddbmm(along[:, :, None] * unit[:, None, :], across, negatives, alpha=-1)
             add_in_order(bank_grad, index[rows], negatives_grad)
     return query_grad, bank.new_empty(0) if bank_grad is None else bank_grad.to(bank.dtype)
-
-
-def sum_type(query: Tensor, bank: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (query.dtype, bank.dtype) else torch.float32
 
 
 def chunks(index: Tensor, pairs: Tensor, dim: int, dtype: torch.dtype) -> Iterator[slice]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hicl_fast.ops.problem import sum_type
+
 
 def forward(segments: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:  # (S, D), (B + 1,), (S,) -> (B, D)
-    dtype = _sum_type(segments, weights)
+    dtype = sum_type(segments, weights)
     share, _, sequence = _shares(segments, offsets, weights, dtype)
     pooled = segments.new_zeros(offsets.shape[0] - 1, segments.shape[1], dtype=dtype)
     pooled.index_add_(0, sequence, segments.to(dtype) * share[:, None])
@@ -18,7 +20,7 @@ def backward(
     segments: Tensor, offsets: Tensor, weights: Tensor | None, pooled_grad: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """``∂/∂h_j = w_j / W_b · g_b`` and ``∂/∂w_j = g_b · (h_j − H_b) / W_b``."""
-    dtype = _sum_type(segments, weights)
+    dtype = sum_type(segments, weights)
     share, inverse_total, sequence = _shares(segments, offsets, weights, dtype)
     grad = pooled_grad.to(dtype)[sequence]  # (S, D)
     nothing = segments.new_empty(0)
@@ -29,11 +31,6 @@ def backward(
         pooled = torch.zeros_like(pooled_grad, dtype=dtype).index_add_(0, sequence, h * share[:, None])
         weights_grad = ((grad * (h - pooled[sequence])).sum(dim=1) * inverse_total).to(weights.dtype)
     return segments_grad, weights_grad
-
-
-def _sum_type(segments: Tensor, weights: Tensor | None) -> torch.dtype:
-    is_double = segments.dtype == torch.float64 or (weights is not None and weights.dtype == torch.float64)
-    return torch.float64 if is_double else torch.float32
 
 
 def _shares(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hicl_fast.ops.problem import sum_type
+
 
 def forward(
     query: Tensor,  # (N, D)
@@ -36,6 +38,6 @@ def backward(
 
 def _ready(query: Tensor, bank: Tensor, index: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Contiguous, in the type the sums are kept in."""
-    dtype = torch.float64 if torch.float64 in (query.dtype, bank.dtype) else torch.float32
+    dtype = sum_type(query, bank)
     q, b = (x.detach().to(dtype).contiguous() for x in (query, bank))
     return q, b, index.contiguous(), pairs.contiguous()

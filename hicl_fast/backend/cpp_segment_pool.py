@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hicl_fast.ops.problem import sum_type
+
 
 def forward(segments: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:  # (S, D), (B + 1,), (S,) -> (B, D)
     h, offsets, w = _ready(segments, offsets, weights)
@@ -24,7 +26,6 @@ def backward(
 
 def _ready(segments: Tensor, offsets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Contiguous, in the type the sums are kept in."""
-    is_double = segments.dtype == torch.float64 or (weights is not None and weights.dtype == torch.float64)
-    dtype = torch.float64 if is_double else torch.float32
+    dtype = sum_type(segments, weights)
     w = None if weights is None else weights.detach().to(dtype).contiguous()
     return segments.detach().to(dtype).contiguous(), offsets.contiguous(), w

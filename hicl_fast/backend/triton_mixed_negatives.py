@@ -12,6 +12,7 @@ from torch import Tensor
 from hicl_fast.backend import chunked_mixed_negatives as chunked
 from hicl_fast.backend.triton_device import on_device
 from hicl_fast.kernels import mixed_negatives as kernels
+from hicl_fast.ops.problem import sum_type
 from hicl_fast.reference.info_nce import NORM_FLOOR
 
 LARGEST_K = 32  # a program keeps the k×k Gram matrix in registers, and 64×64 spills
@@ -29,7 +30,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # (N, m), (N, m): cosines, 1 / ‖g‖
     if index.shape[1] > LARGEST_K:
         return chunked.forward(query, bank, index, pairs, alpha)
-    dtype = chunked.sum_type(query, bank)
+    dtype = sum_type(query, bank)
     _, factor, _ = chunked.unit_rows(query.detach().to(dtype))
     cosine = query.new_empty(pairs.shape[:2], dtype=dtype)
     inverse_norm = torch.empty_like(cosine)
@@ -56,7 +57,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     if index.shape[1] > LARGEST_K or cosine.numel() == 0:
         return chunked.backward(query, bank, index, pairs, alpha, cosine, inverse_norm, cosine_grad, wanted)
-    dtype = chunked.sum_type(query, bank)
+    dtype = sum_type(query, bank)
     unit, factor, is_constant = chunked.unit_rows(query.detach().to(dtype).contiguous())
     unit_grad = torch.empty_like(unit) if wanted[0] else None
     bank_grad = torch.zeros_like(bank, dtype=dtype, memory_format=torch.contiguous_format) if wanted[1] else None

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hicl_fast.backend import registry
 from hicl_fast.ops.autograd import runs_eagerly, without_autocast
+from hicl_fast.ops.problem import sum_type
 
 _library = torch.library.Library("hicl_fast", "FRAGMENT")
 _library.define(
@@ -25,14 +26,10 @@ def apply(
     exclude_target: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # (N, k), (N, k) int64
-    backend = registry.choose(backend, "hard_negatives", query.device.type, _sum_type(query, key))
+    backend = registry.choose(backend, "hard_negatives", query.device.type, sum_type(query, key))
     eager = runs_eagerly(query, key, target, query_group, key_group)
     run = _run if eager else torch.ops.hicl_fast.hard_negatives
     return run(query.detach(), key.detach(), k, target, query_group, key_group, exclude_target, backend)
-
-
-def _sum_type(query: Tensor, key: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (query.dtype, key.dtype) else torch.float32
 
 
 def _check_target(target: Tensor | None, num_keys: int) -> None:
@@ -91,5 +88,5 @@ def _fake(
     exclude_target: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    similarity = query.new_empty(query.shape[0], k, dtype=_sum_type(query, key))
+    similarity = query.new_empty(query.shape[0], k, dtype=sum_type(query, key))
     return similarity, torch.empty_like(similarity, dtype=torch.int64)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hicl_fast.backend import registry
 from hicl_fast.ops.autograd import once_differentiable, runs_eagerly, without_autocast
+from hicl_fast.ops.problem import sum_type
 
 _INPUTS = "Tensor query, Tensor bank, Tensor index, Tensor pairs, float alpha"
 
@@ -33,17 +34,13 @@ def apply(
     scale: Tensor,  # () 1 / temperature
     backend: str,
 ) -> Tensor:  # (N, m)
-    backend = registry.choose(backend, "mixed_negatives", query.device.type, _sum_type(query, bank))
+    backend = registry.choose(backend, "mixed_negatives", query.device.type, sum_type(query, bank))
     if runs_eagerly(query, bank, index, pairs, scale):
         _check_scale(scale)
         cosine, _ = _MixedNegatives.apply(query, bank, index, pairs, alpha, backend)
     else:
         cosine, _ = torch.ops.hicl_fast.mixed_negatives(query, bank, index, pairs, alpha, backend)
     return cosine * scale.to(cosine.dtype)
-
-
-def _sum_type(query: Tensor, bank: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (query.dtype, bank.dtype) else torch.float32
 
 
 def _check_scale(scale: Tensor) -> None:
@@ -102,7 +99,7 @@ _library.impl("mixed_negatives_backward", _run_backward, "CompositeExplicitAutog
 def _fake(
     query: Tensor, bank: Tensor, index: Tensor, pairs: Tensor, alpha: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    cosine = query.new_empty(pairs.shape[0], pairs.shape[1], dtype=_sum_type(query, bank))
+    cosine = query.new_empty(pairs.shape[0], pairs.shape[1], dtype=sum_type(query, bank))
     return cosine, torch.empty_like(cosine)
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hicl_fast.ops.autograd import runs_eagerly
+from hicl_fast.ops.problem import sum_type
 from hicl_fast.reference.info_nce import NORM_FLOOR
 from hicl_fast.reference.mixing import GRID_STEPS, SMALLEST_SUM
 
@@ -30,14 +31,10 @@ Weights = tuple[float, float] | Literal["search"]
 
 def apply(query: Tensor, positive: Tensor, negative: Tensor, threshold: float, weights: Weights) -> Tensor:
     """(N, D) each -> (N, D) in the positive's type; gradients reach positive and negative."""
-    dtype = _sum_type(query, positive, negative)
+    dtype = sum_type(query, positive, negative)
     with torch.no_grad():
         w1, w2 = _row_weights(query.to(dtype), positive.to(dtype), negative.to(dtype), threshold, weights)
     return (w1[:, None] * positive.to(dtype) + w2[:, None] * negative.to(dtype)).to(positive.dtype)
-
-
-def _sum_type(*inputs: Tensor) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
 
 
 def _row_weights(q: Tensor, p: Tensor, n: Tensor, threshold: float, weights: Weights) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,22 @@ from torch import Tensor
 
 from hicl_fast.reference.info_nce import ANGLE_CLAMP, NORM_FLOOR
 
-__all__ = ["ANGLE_CLAMP", "DIFFERENTIABLE", "NORM_FLOOR", "NOTHING", "Gradients", "Problem", "RowStatistics", "Wanted"]
+__all__ = [
+    "ANGLE_CLAMP",
+    "DIFFERENTIABLE",
+    "NORM_FLOOR",
+    "NOTHING",
+    "Gradients",
+    "Problem",
+    "RowStatistics",
+    "Wanted",
+    "sum_type",
+]
+
+
+def sum_type(*inputs: Tensor | None) -> torch.dtype:
+    """The type that sums of the inputs are kept in: float64 if one of them is float64, else float32."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in inputs) else torch.float32
 
 
 class Wanted(NamedTuple):
@@ -70,9 +85,7 @@ class Problem:
     @property
     def dtype(self) -> torch.dtype:
         """The type sums, losses and logits are kept in: float64 if an input is float64, else float32."""
-        inputs = (self.query, self.key, self.negatives, self.bank, self.extra_logits)
-        is_double = any(x is not None and x.dtype == torch.float64 for x in inputs)
-        return torch.float64 if is_double else torch.float32
+        return sum_type(self.query, self.key, self.negatives, self.bank, self.extra_logits)
 
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """The inputs that can have gradients, in the order of :class:`Wanted` and :class:`Gradients`."""
