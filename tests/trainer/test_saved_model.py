@@ -54,7 +54,7 @@ def test_same_embeddings_in_transformers(save: Callable[..., Path], pooler_type:
     folder = save(pooler_type, mlp_only_train)
     ours = SentenceEncoder.from_pretrained(folder, device="cpu").encode(TEXTS)
     theirs = embeddings_by_hand(folder, "cls_before_pooler" if mlp_only_train else pooler_type)
-    assert ours.std(dim=0).min() > 1e-4  # not all texts alike
+    assert ours.std(dim=0).mean() > 1e-3  # not all texts alike
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
