@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hicl_fast.ops.problem import ANGLE_CLAMP, NORM_FLOOR, Gradients, Problem, RowStatistics, Wanted
 
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+# Up to ten temporaries of a chunk's size are in the allocator's hands at once; on a CPU, rows beyond some hundred gain nothing.
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 _OTHER_DEVICE_CHUNK_BYTES = 256 << 20
 
 
