@@ -1,0 +1,72 @@
+"""A loss for GradCache (github.com/luyug/GradCache, arXiv 2101.06983), which hands it the whole batch's representations.
+
+GradCache calls ``loss_fn(*representations, **loss_kwargs)`` with leaves that require a gradient, and calls ``backward`` on
+what comes back: any of this library's losses fits. What this module adds is GradCache's rule for hard negatives, which
+stand among the keys, and joining all processes' rows. No package is needed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hicl_fast import _checks as check
+from hicl_fast import functional as HF
+from hicl_fast.integrations.simcse import joined
+from hicl_fast.reference.info_nce import Reduction
+
+__all__ = ["FusedContrastiveLoss"]
+
+
+class FusedContrastiveLoss(nn.Module):
+    """InfoNCE of queries against their own keys and everyone else's, as GradCache's ``SimpleContrastiveLoss``.
+
+    With N queries and (1 + n) · N keys, key (1 + n) · i is query i's positive and the n after it are its hard negatives.
+    GradCache's losses are of dot products; this one's are of cosines divided by a temperature.
+
+    Args:
+        temperature: τ > 0.
+        gather: join the rows of all processes first, as GradCache's ``DistributedContrastiveLoss`` does: every process
+            computes the loss of the joined batch, and has gradients for its own rows.
+        backend: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
+
+    Example:
+        >>> cache = GradCache(models=[encoder, encoder], chunk_sizes=32, loss_fn=FusedContrastiveLoss(0.05))
+        >>> cache(queries, passages)
+    """
+
+    def __init__(self, temperature: float = 0.05, *, gather: bool = False, backend: str = "auto") -> None:
+        super().__init__()
+        check.positive_number("temperature", temperature)
+        self.temperature, self.gather, self.backend = temperature, gather, backend
+
+    def forward(
+        self, query: Tensor, key: Tensor, target: Tensor | None = None, reduction: Reduction = "mean"
+    ) -> Tensor:
+        """The loss of ``query`` (N, D) against ``key`` (M, D).
+
+        Args:
+            query: (N, D).
+            key: (M, D).
+            target: int64, each (joined) query's key in the place of the rule.
+            reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+        Raises:
+            ValueError: M is no multiple of N and no target is given; or as :func:`hicl_fast.functional.info_nce` says.
+        """
+        if self.gather:
+            query, key = joined(query), joined(key)
+        if target is None:
+            target = self._positives(query, key)
+        return HF.info_nce(
+            query, key, target=target, temperature=self.temperature, reduction=reduction, backend=self.backend
+        )
+
+    @staticmethod
+    def _positives(query: Tensor, key: Tensor) -> Tensor:
+        if len(query) == 0 or len(key) == 0 or len(key) % len(query):
+            raise ValueError(f"key: expected a multiple of {len(query)} rows, or a target; got {check.describe(key)}")
+        return torch.arange(len(query), device=query.device) * (len(key) // len(query))
+
+    def extra_repr(self) -> str:
+        return f"{self.temperature}, gather={self.gather}"

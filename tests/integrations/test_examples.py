@@ -1,0 +1,26 @@
+"""Every example runs, and what it trains gets better."""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGES = {
+    "sentence_transformers_hnm": "sentence_transformers",
+    "simcse": "tokenizers",
+    "hicl_long_documents": "tokenizers",
+}
+
+
+@pytest.mark.parametrize("name", ["simcse", "sentence_transformers_hnm", "hicl_long_documents", "clip_symmetric"])
+def test_example(name: str) -> None:
+    package = PACKAGES.get(name)
+    if package is not None and importlib.util.find_spec(package) is None:
+        pytest.skip(f"needs {package}")
+    losses = runpy.run_path(str(ROOT / "examples" / f"{name}.py"))["main"]()
+    assert all(loss == loss for loss in losses)
+    assert losses[-1] < losses[0]
