@@ -14,7 +14,7 @@ LINKED := .venv/.linked
 BUILT := .venv/.built
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build bench test test-main test-interpret test-quick lint format wheel gpu-check clean
+.PHONY: help venv build bench test test-main test-interpret test-quick lint format wheel cuda-check gpu-check clean
 
 help: ## list the targets
 	@echo "hicl_fast: contrastive losses as custom kernels. Each target does first whatever it needs."
@@ -53,6 +53,9 @@ format: $(INSTALLED) ## rewrite the Python files in the style that lint asks for
 wheel: $(INSTALLED) ## build a wheel, with the compiled extension inside, into dist/
 	rm -rf build/lib* build/bdist*
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+cuda-check: $(INSTALLED) ## compile the CUDA kernels for every GPU, without one, and print registers, shared memory and spills
+	$(BIN)/python tools/check_cuda.py $(ARGS)
 
 gpu-check: ## on a machine with a GPU: tests, benchmark, sanitizer, into $OUT (build/gpu-check); uses PYTHON's own PyTorch
 	$(PYTHON) tools/gpu_check.py

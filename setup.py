@@ -1,9 +1,16 @@
 """Builds the package and, inside it, the C++ extension hicl_fast._C from csrc/. All else is in pyproject.toml.
 
+csrc/cuda goes into it where PyTorch is built for CUDA and there is nvcc to compile it; no GPU is needed for that.
+
 Environment variables:
     HICL_FAST_BUILD   auto     (default) build the extension; where there is no C++ compiler, warn and go on without it
                       require  an error where the extension can't be built
                       skip     don't build it
+    HICL_FAST_CUDA    auto     (default) the CUDA kernels where PyTorch is built for CUDA; without nvcc, warn and go on
+                      1        the CUDA kernels, whatever PyTorch is built for; an error without nvcc
+                      0        no CUDA kernels
+    HICL_FAST_ARCHS   the GPUs to compile for; default: those of "80 90a 100" that nvcc knows
+    CUDA_HOME         where CUDA is, with bin/nvcc; default: the nvcc on the PATH, else /usr/local/cuda
     CXX               the C++ compiler; default: the first of c++, g++, clang++
     CXXFLAGS          flags added to the compiler's
     MAX_JOBS          compilations at a time; default: one a core
@@ -14,6 +21,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -29,6 +37,7 @@ from setuptools.errors import CompileError, ExecError, PlatformError
 ROOT = Path(__file__).resolve().parent
 EXTENSION = "hicl_fast._C"
 MODES = ("auto", "require", "skip")
+CUDA_MODES = ("auto", "1", "0")
 
 # One binary for every PyTorch from 2.10 on (the stable ABI) and every Python from 3.10 on (the limited API).
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
@@ -40,6 +49,10 @@ INSTRUCTION_SETS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
 }
+
+CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+CUDA_LIBRARIES = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]  # nothing of CUDA is needed to load the extension
+ARCHS = ("80", "90a", "100")
 
 # What the compiler is tried on first: that it runs, knows C++17 and finds Python's and PyTorch's headers.
 PROBE = "#include <Python.h>\n#include <torch/csrc/stable/library.h>\n"
@@ -78,7 +91,55 @@ def flags_of(source: Path) -> list[str] | None:
 
 def sources() -> list[Path]:
     found = [ROOT / "csrc" / "module.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+    if wants_cuda():
+        found += sorted([*(ROOT / "csrc" / "cuda").glob("*.cpp"), *(ROOT / "csrc" / "cuda").glob("*.cu")])
     return [path.relative_to(ROOT) for path in found if flags_of(path) is not None]
+
+
+def wants_cuda() -> bool:
+    """Whether the CUDA kernels are built; says so where they should be and can't."""
+    mode = os.environ.get("HICL_FAST_CUDA", "auto")
+    if mode not in CUDA_MODES:
+        raise PlatformError(f"HICL_FAST_CUDA: expected one of {', '.join(CUDA_MODES)}, got {mode!r}")
+    if mode == "0" or (mode == "auto" and not torch_has_cuda()):
+        return False
+    if find_nvcc() is not None:
+        return True
+    reason = "no nvcc found (looked in CUDA_HOME, on the PATH and in /usr/local/cuda)"
+    if mode == "1":
+        raise PlatformError(f"hicl-fast: {reason}; HICL_FAST_CUDA=1 needs the CUDA compiler")
+    sys.stderr.write(f"hicl-fast: WARNING: {reason}: going on without the CUDA kernels; `triton` does their work\n")
+    return False
+
+
+def torch_has_cuda() -> bool:
+    """What PyTorch's version.py says, without the seconds that importing PyTorch takes."""
+    return re.search(r"^cuda\b.*=\s*['\"]", (torch_folder() / "version.py").read_text(), re.MULTILINE) is not None
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        return shutil.which("nvcc", path=str(Path(home) / "bin"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def gpu_flags(nvcc: str) -> list[str]:
+    """Machine code for every architecture, and PTX of the first for GPUs of which nvcc has no machine code."""
+    archs = os.environ.get("HICL_FAST_ARCHS", "").split()
+    if not archs:
+        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+        archs = [arch for arch in ARCHS if f"compute_{arch.rstrip('a')}" in known]
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*flags, f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}"]
+
+
+def cuda_library_folders(nvcc: str) -> list[str]:
+    """Where nvcc's own CUDA lies, which it tells; it may be a link or a script somewhere else."""
+    told = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    home = re.search(r"^#\$ TOP=(.*)$", told, re.MULTILINE)
+    top = Path(home[1].strip()) if home else Path(nvcc).resolve().parents[1]
+    return [f"-L{folder}" for folder in (top / "lib64", *top.glob("targets/*/lib")) if folder.is_dir()]
 
 
 def torch_folder() -> Path:
@@ -105,7 +166,10 @@ def extensions() -> list[Extension]:
 def run(command: list[str], title: str) -> None:
     sys.stdout.write(f"{title}\n")  # one write: several threads report here
     if subprocess.run(command).returncode != 0:
-        raise CompileError(f"failed: {shlex.join(command)}\n(HICL_FAST_BUILD=skip installs without the C++ backend)")
+        raise CompileError(
+            f"failed: {shlex.join(command)}\n"
+            "(HICL_FAST_CUDA=0 builds without the CUDA kernels, HICL_FAST_BUILD=skip installs without the C++ backend)"
+        )
 
 
 class BuildExtension(build_ext):
@@ -125,7 +189,11 @@ class BuildExtension(build_ext):
             return
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             objects = list(pool.map(lambda source: self.compile(compile_command, Path(source)), ext.sources))
-        self.link([*compiler, f"-L{torch / 'lib'}"], objects, Path(self.get_ext_fullpath(ext.name)))
+        libraries = TORCH_LIBRARIES
+        if any(source.endswith(".cu") for source in ext.sources):
+            libraries = [*libraries, *cuda_library_folders(str(find_nvcc())), *CUDA_LIBRARIES]
+        target = Path(self.get_ext_fullpath(ext.name))
+        self.link([*compiler, f"-L{torch / 'lib'}"], objects, libraries, target)
 
     def probe(self, compile_command: list[str]) -> str:
         """The compiler's first complaint about PROBE; empty where it has none."""
@@ -142,30 +210,34 @@ class BuildExtension(build_ext):
         return complaints[0].strip() if complaints else f"it exits with status {tried.returncode}"
 
     def compile(self, compile_command: list[str], source: Path) -> Path:
-        target = Path(self.build_temp) / source.with_suffix(".o")
-        prerequisites = [source, ROOT / "setup.py", *(ROOT / "csrc").rglob("*.h")]
+        target = Path(self.build_temp) / source.with_name(f"{source.name}.o")
+        prerequisites = [source, ROOT / "setup.py", *source.parent.glob("*.h"), *source.parent.glob("*.cuh")]
         if self.force or not target.exists() or target.stat().st_mtime < max(p.stat().st_mtime for p in prerequisites):
             target.parent.mkdir(parents=True, exist_ok=True)
-            compilation = [*(flags_of(source) or []), "-c", str(source)]
-            run([*compile_command, *compilation, "-o", str(target)], f"compile {source}")
+            command = [*compile_command, *(flags_of(source) or [])]
+            if source.suffix == ".cu":
+                nvcc = str(find_nvcc())
+                command = [nvcc, *CUDA_FLAGS, *gpu_flags(nvcc)]
+            run([*command, "-c", str(source), "-o", str(target)], f"compile {source}")
         return target
 
-    def link(self, linker: list[str], objects: list[Path], target: Path) -> None:
+    def link(self, linker: list[str], objects: list[Path], libraries: list[str], target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-        run([*linker, *shared, *map(str, objects), *TORCH_LIBRARIES, "-o", str(target)], f"link {target}")
+        run([*linker, *shared, *map(str, objects), *libraries, "-o", str(target)], f"link {target}")
 
 
-os.chdir(ROOT)
-# kernels/ lies beside the package and is installed inside it.
-setup(
-    packages=[
-        *find_packages(include=["hicl_fast", "hicl_fast.*"]),
-        "hicl_fast.kernels",
-        *(f"hicl_fast.kernels.{name}" for name in find_packages("kernels")),
-    ],
-    package_dir={"hicl_fast": "hicl_fast", "hicl_fast.kernels": "kernels"},
-    ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExtension},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+if __name__ == "__main__":  # tools/check_cuda.py reads the settings above
+    os.chdir(ROOT)
+    # kernels/ lies beside the package and is installed inside it.
+    setup(
+        packages=[
+            *find_packages(include=["hicl_fast", "hicl_fast.*"]),
+            "hicl_fast.kernels",
+            *(f"hicl_fast.kernels.{name}" for name in find_packages("kernels")),
+        ],
+        package_dir={"hicl_fast": "hicl_fast", "hicl_fast.kernels": "kernels"},
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildExtension},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

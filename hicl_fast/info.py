@@ -26,6 +26,8 @@ REMEDIES = {
     "torch": "reinstall PyTorch",
     "cpp": "with a C++ compiler installed: `make build` in a checkout, else "
     "`HICL_FAST_BUILD=require pip install --no-build-isolation --force-reinstall --no-deps .`",
+    "cuda": "an NVIDIA GPU, PyTorch for CUDA and nvcc, then "
+    "`HICL_FAST_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .` in a checkout",
     "triton": "Linux with `pip install 'hicl-fast[triton]'`, and a GPU that PyTorch sees; "
     "TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests",
 }

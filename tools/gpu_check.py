@@ -1,8 +1,9 @@
 """``make gpu-check``: what only a machine with a GPU can check. It needs no network.
 
 Runs with the PyTorch of the Python it is started with. In turn, each under a time limit, under nine minutes together:
-the build of the extension, ``python -m hicl_fast.info``, the tests marked gpu, the benchmark, and the tests marked
-sanitizer under compute-sanitizer. A step that fails does not keep the later ones from running.
+the build of the extension with its CUDA kernels (without them where there is no nvcc), ``python -m hicl_fast.info``, the
+tests marked gpu, the benchmark, and the tests marked sanitizer under compute-sanitizer, once for accesses out of bounds
+and once for races in shared memory. A step that fails does not keep the later ones from running.
 
 Writes into $OUT (default build/gpu-check): gpu-check.log, gpu-check.json, loss_throughput.json, loss_throughput.png.
 
@@ -94,21 +95,23 @@ def steps(out: Path) -> list[Step | Result]:
     install = ["-m", "pip", "install", "-v", "--no-index", "--no-deps", "--no-build-isolation", "--editable", "."]
     throughput = ["--json", str(out / "loss_throughput.json"), "--plot", str(out / "loss_throughput.png")]
     return [
-        Step("build", [python, *install], 120),
+        Step("build", [python, *install], 150),
         Step("info", [python, "-m", "hicl_fast.info"], 60),
         Step("tests", [*pytest, "-m", "gpu"], 200),
         Step("benchmark", [python, "benchmarks/loss_throughput.py", "--device", "cuda", *throughput], 240),
-        sanitizer([*pytest, "-m", "sanitizer"]),
+        sanitizer("memcheck", [*pytest, "-m", "sanitizer"], 100),
+        sanitizer("racecheck", [*pytest, "-m", "sanitizer", "tests/gpu/test_cuda.py"], 100),
     ]
 
 
-def sanitizer(tests: list[str]) -> Step | Result:
-    """compute-sanitizer over the tests marked for it: finds reads and writes outside an allocation."""
+def sanitizer(tool: str, tests: list[str], seconds: float) -> Step | Result:
+    """compute-sanitizer over the tests marked for it: memcheck finds reads and writes outside an allocation, racecheck
+    threads of a block that don't wait for each other."""
     program = shutil.which("compute-sanitizer", path=os.environ.get("PATH", "") + os.pathsep + "/usr/local/cuda/bin")
     if program is None:
-        return Result("sanitizer", "left out", 0.0, "compute-sanitizer is not installed")
-    options = ["--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
-    return Step("sanitizer", [program, *options, *tests], 120, empty_status=NO_TESTS)
+        return Result(tool, "left out", 0.0, "compute-sanitizer is not installed")
+    options = ["--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+    return Step(tool, [program, *options, *tests], seconds, empty_status=NO_TESTS)
 
 
 def run(step: Step, seconds_left: float, report: Report) -> Result:
@@ -120,7 +123,7 @@ def run(step: Step, seconds_left: float, report: Report) -> Result:
         "HICL_FAST_BUILD": "require",
         "PYTHONUNBUFFERED": "1",
         # Every tensor an allocation of its own: the sanitizer then sees where each ends.
-        **({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if step.name == "sanitizer" else {}),
+        **({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if step.name == "memcheck" else {}),
     }
     began = time.monotonic()
     process = subprocess.Popen(

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-NAMES = ("torch", "cpp", "triton")
+NAMES = ("torch", "cpp", "triton", "cuda")
 ENVIRONMENT = "HICL_FAST_BACKEND"
 
-# The first available backend that supports the call. cpp beats torch at every size measured on CPUs, and triton beats
-# torch on GPUs: see docs/performance.md for the measurements.
-PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")}
+# The first available backend that supports the call. cpp beats torch at every size measured on CPUs: see
+# docs/performance.md for the measurements. On GPUs the order is what operations and bytes promise (docs/cuda.md); it
+# has not been measured.
+PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 
 class BackendError(RuntimeError):
@@ -38,6 +39,7 @@ class Call(NamedTuple):
     operator: str  # "info_nce" | "segment_pool"
     device_type: str
     dtype: torch.dtype  # of the sums
+    features: tuple[str, ...] = ()  # what it asks beyond the plain call and a backend may have to refuse
 
 
 class Backend(Protocol):
@@ -51,6 +53,7 @@ class Backend(Protocol):
     hard_negatives: Any
     info_nce: Any
     mixed_negatives: Any
+    paradigm: Any
     segment_pool: Any
 
 
@@ -60,6 +63,8 @@ def _module(name: str) -> ModuleType:
         from hicl_fast.backend import chunked as module
     elif name == "cpp":
         from hicl_fast.backend import cpp as module  # type: ignore[no-redef]
+    elif name == "cuda":
+        from hicl_fast.backend import cuda as module  # type: ignore[no-redef]
     else:
         from hicl_fast.backend import triton as module  # type: ignore[no-redef]
     return module
@@ -80,9 +85,9 @@ def implementation(operator: str, name: str) -> Any:
 
 
 @torch.compiler.assume_constant_result
-def choose(asked: str, operator: str, device_type: str, dtype: torch.dtype) -> str:
+def choose(asked: str, operator: str, device_type: str, dtype: torch.dtype, features: tuple[str, ...] = ()) -> str:
     """The backend for a call: the one asked for, else HICL_FAST_BACKEND's, else the first in PREFERENCE that does it."""
-    call = Call(operator, device_type, dtype)
+    call = Call(operator, device_type, dtype, features)
     if asked == "auto":
         asked = os.environ.get(ENVIRONMENT, "auto")
     if asked == "auto":

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hicl_fast.backend import registry
+from hicl_fast.backend.features import features
 from hicl_fast.ops.autograd import once_differentiable, runs_eagerly, without_autocast
 from hicl_fast.ops.problem import DIFFERENTIABLE, NOTHING, Gradients, Problem, RowStatistics, Wanted
 
@@ -49,7 +50,7 @@ def apply(problem: Problem, reduction: str, backend: str) -> tuple[Tensor, Tenso
     """Loss (reduced), and the similarities of each row's positive and hardest negative, (N,) each, detached."""
     if problem.symmetric and not _one_sweep_covers_both_directions(problem):
         return _average_of_directions(problem, reduction, backend)
-    backend = registry.choose(backend, "info_nce", problem.query.device.type, problem.dtype)
+    backend = registry.choose(backend, "info_nce", problem.query.device.type, problem.dtype, features(problem))
     inputs = problem.differentiable()
     wanted = _wanted(inputs)
     if not runs_eagerly(*inputs):

@@ -1,0 +1,47 @@
+"""The ``cuda`` backend: csrc/cuda, for tensors on an NVIDIA GPU, and in tests on the CPU, emulated."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from hicl_fast.backend import cuda_info_nce as info_nce
+from hicl_fast.backend import cuda_segment_pool as segment_pool
+from hicl_fast.backend.registry import BackendStatus, Call
+
+__all__ = ["info_nce", "refusal", "segment_pool", "status"]
+
+# The device that the loaded operators take; the tests, which load emulated ones, say "cpu".
+DEVICE_TYPE = "cuda"
+
+
+def status() -> BackendStatus:
+    if DEVICE_TYPE == "cpu":
+        return BackendStatus("cuda", True, "", "emulated on the CPU")
+    if not torch.version.cuda:
+        return _missing("this PyTorch is built without CUDA")
+    try:
+        importlib.import_module("hicl_fast._C")  # registers torch.ops.hicl_fast_cuda
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError)
+        return _missing("the C++ extension was not built" if missing else f"the C++ extension doesn't load: {error}")
+    if not hasattr(torch.ops.hicl_fast_cuda, "segment_pool"):
+        return _missing("the C++ extension was built without its CUDA kernels")
+    if not torch.cuda.is_available():
+        return _missing("PyTorch sees no GPU")
+    return BackendStatus("cuda", True, "", f"CUDA C++, {torch.cuda.get_device_name()}")
+
+
+def refusal(call: Call) -> str:
+    if call.operator not in __all__:
+        return f"it has no {call.operator}"
+    if call.device_type != DEVICE_TYPE:
+        return f"it takes tensors on an NVIDIA GPU, got {call.device_type}"
+    if call.dtype == torch.float64:
+        return "it takes float32, bfloat16 and float16, got float64"
+    return f"it does not take {', '.join(call.features)}" if call.features else ""
+
+
+def _missing(reason: str) -> BackendStatus:
+    return BackendStatus("cuda", False, reason, "")

@@ -1,0 +1,39 @@
+"""Builds csrc/cuda for the CPU, over tests/cuda/emulator.h: the kernels, their launchers and the operators as they are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "csrc" / "cuda"
+EMULATOR = Path(__file__).with_name("emulator.h")
+TORCH = Path(torch.__file__).parent
+COMPILER = shutil.which("c++") or shutil.which("g++")
+
+# Fortified longjmp takes a jump to another stack for an attack.
+FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS += ["-U_FORTIFY_SOURCE", "-fno-strict-aliasing", f"-I{SOURCES}", f"-I{TORCH / 'include'}"]
+FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DHICL_CUDA_KEY=CPU"]
+
+
+def build(folder: Path, sources: list[Path], name: str) -> Path:
+    """A shared library of the sources; those named .cu have the emulator in front of them."""
+
+    def compile_one(source: Path) -> str:
+        target = folder / f"{source.name}.o"
+        emulated = ["-x", "c++", "-include", str(EMULATOR)] if source.suffix == ".cu" else []
+        subprocess.run([str(COMPILER), *FLAGS, *emulated, "-c", str(source), "-o", str(target)], check=True)
+        return str(target)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    library = folder / name
+    libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", "-ldl"]
+    subprocess.run([str(COMPILER), "-shared", *objects, *libraries, "-o", str(library)], check=True)
+    return library
