@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hicl_fast import _checks as check
 from hicl_fast import functional as HF
+from hicl_fast.distributed import Gather, Ranks, agree, attempt, joined_means, ranks_of
+from hicl_fast.distributed.gathering import describe_rows
+from hicl_fast.distributed.info_nce import Part, joined_info_nce
 from hicl_fast.losses.hncse import HardNegativeMixing, PositiveMixing
 from hicl_fast.losses.info_nce import FusedInfoNCELoss
 from hicl_fast.losses.pooling import Pooling, SegmentPooling
@@ -35,6 +39,9 @@ class FusedHiCLLoss(nn.Module):
         queue_size: rows of earlier batches kept as negatives of the global loss; 0 keeps none.
         precision: ``None``, ``"float32"`` or ``"bf16"``; see :func:`hicl_fast.functional.info_nce`.
         backend: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
+        gather: both losses over the sequences of all ranks, each rank with sequences and segments of its own number:
+            ``True``, or ``"ring"``; see :class:`FusedInfoNCELoss`. The mean over the ranks is the joined batch's loss.
+        process_group: the ranks; default: all. Giving one means ``gather=True``.
 
     Attributes:
         last: after a call, detached scalars for logging: ``loss``, ``positive_similarity``,
@@ -59,6 +66,8 @@ class FusedHiCLLoss(nn.Module):
         queue_size: int = 0,
         precision: str | None = None,
         backend: str = "auto",
+        gather: Gather = False,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         check.one_of("same_sequence", same_sequence, ("exclude", "negative", "positive"))
@@ -74,7 +83,15 @@ class FusedHiCLLoss(nn.Module):
             positive_mixing=positive_mixing,
             precision=precision,
             backend=backend,
+            gather=gather,
+            process_group=process_group,
         )
+        self.gather, self.process_group = self.global_loss.gather, process_group
+        if self.gather == "ring" and same_sequence == "positive":
+            raise ValueError(
+                'same_sequence: expected "exclude" or "negative" with gather="ring", which keeps a log-sum-exp of '
+                "other ranks' segments and not their logits"
+            )
         self._parts: dict[str, Tensor] = {}
 
     @property
@@ -103,14 +120,9 @@ class FusedHiCLLoss(nn.Module):
             loss = self.global_loss(segments, segments_positive)
             self._parts = {}
             return loss
-        check.floating_matrix("segments_positive", segments_positive, "(S, D)", like=segments)
-        if segments_positive.shape != segments.shape:
-            raise ValueError(
-                f"segments_positive: expected shape {tuple(segments.shape)}, as segments has, "
-                f"got {check.describe(segments_positive)}"
-            )
-        pooled = self.pool(segments, offsets, lengths)  # (B, D); checks the offsets
-        pooled_positive = self.pool(segments_positive, offsets, lengths)
+        if self.gather and (ranks := ranks_of(self.process_group)).size > 1:
+            return self._forward_joined(segments, segments_positive, offsets, lengths, ranks)
+        pooled, pooled_positive = self._pool(segments, segments_positive, offsets, lengths)
         global_loss = self.global_loss(pooled, pooled_positive)
         sequence = sequence_index(offsets, segments.shape[0])
         local_loss, _, _ = HF.info_nce_with_statistics(
@@ -126,6 +138,60 @@ class FusedHiCLLoss(nn.Module):
         loss = self.local_weight * local_loss + self.global_weight * global_loss
         self._parts = {"loss": loss.detach(), "local": local_loss.detach(), "global": global_loss.detach()}
         return loss
+
+    def _pool(
+        self, segments: Tensor, segments_positive: Tensor, offsets: Tensor, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Both views' sequences, (B, D) each."""
+        check.floating_matrix("segments", segments, "(S, D)")
+        check.floating_matrix("segments_positive", segments_positive, "(S, D)", like=segments)
+        if segments_positive.shape != segments.shape:
+            raise ValueError(
+                f"segments_positive: expected shape {tuple(segments.shape)}, as segments has, "
+                f"got {check.describe(segments_positive)}"
+            )
+        pooled = self.pool(segments, offsets, lengths)  # checks the offsets
+        return pooled, self.pool(segments_positive, offsets, lengths)
+
+    @torch.compiler.disable
+    def _forward_joined(
+        self, segments: Tensor, segments_positive: Tensor, offsets: Tensor, lengths: Tensor | None, ranks: Ranks
+    ) -> Tensor:
+        pooled, failure = attempt(lambda: self._pool(segments, segments_positive, offsets, lengths))
+        rows: dict[str, int] = {}
+        terms: dict[str, object] = {}
+        if pooled is not None:
+            rows = {"sequences": len(pooled[0]), "segments": len(segments)}
+            terms = {
+                "loss": type(self).__name__,
+                "segments": describe_rows(segments),
+                "segments_positive": describe_rows(segments_positive),
+                "options": self.extra_repr(),
+                "global loss": self.global_loss.terms(),
+            }
+        shares = agree(ranks, rows, terms, failure)
+        assert pooled is not None  # else agree has raised
+
+        sequences, own_segments = shares["sequences"], shares["segments"]
+        global_loss = self.global_loss.joined(*pooled, None, None, None, ranks, {"query": sequences, "key": sequences})
+        sequence = sequences.first + sequence_index(offsets, len(segments))
+        local = joined_info_nce(
+            Part(segments, own_segments, sequence),
+            Part(segments_positive, own_segments, sequence),
+            None,
+            ranks,
+            gather=self.gather,
+            temperature=self.temperature,
+            same_group=self.same_sequence,
+            precision=self.precision,
+            backend=self.backend,
+        )
+        parts = {
+            "local": joined_means(local, own_segments, ranks)["loss"],
+            "global": self.global_loss.last["loss"],
+        }
+        self._parts = {"loss": self.local_weight * parts["local"] + self.global_weight * parts["global"], **parts}
+        return self.local_weight * local.loss + self.global_weight * global_loss
 
     def extra_repr(self) -> str:
         return f"local_weight={self.local_weight}, global_weight={self.global_weight}, same_sequence={self.same_sequence!r}"

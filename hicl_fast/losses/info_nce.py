@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from hicl_fast import _checks as check
 from hicl_fast import functional as HF
+from hicl_fast.distributed import Gather, Ranks, Shares, agree, attempt, check_gather, joined_means, ranks_of
+from hicl_fast.distributed.gathering import describe_rows
+from hicl_fast.distributed.info_nce import Part, joined_info_nce
 from hicl_fast.losses.hncse import Groups, HardNegativeMixing, PositiveMixing
 from hicl_fast.losses.queue import NegativeQueue
 from hicl_fast.losses.temperature import Temperature
@@ -42,10 +48,22 @@ class FusedInfoNCELoss(nn.Module):
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         precision: ``None``, ``"float32"`` or ``"bf16"``; see :func:`hicl_fast.functional.info_nce`.
         backend: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
+        gather: score this rank's queries against the keys and negatives of all ranks of ``torch.distributed``, with
+            gradients to all of them. ``True`` gathers them; ``"ring"`` passes them from rank to rank, so that no rank
+            holds more than three ranks' rows. See below for what is returned.
+        process_group: the ranks; default: all. Giving one means ``gather=True``.
+
+    With ``gather`` the joined batch is that of the ranks one after the other, however many rows each has. A rank
+    returns its part, weighted such that the **mean over the ranks** is the joined batch's loss: under DDP or FSDP, which
+    take the mean of the ranks' gradients, parameters get exactly the gradients of one process with the joined batch.
+    (``reduction="none"`` returns the rank's own rows' losses, unweighted.) ``last`` is the joined batch's, the same on
+    every rank. The queue takes the keys of all ranks in the order of ranks, so that every rank's is the same. All ranks
+    call the loss, and its backward pass, equally often; if one has a bad batch or other options, all of them raise.
+    Without an initialised process group there is one rank.
 
     Attributes:
         last: after a call, detached scalars for logging: ``loss``, ``positive_similarity``,
-            ``hardest_negative_similarity``. Computed when it is read.
+            ``hardest_negative_similarity``. Computed when it is read; with ``gather``, in the call.
 
     Example:
         >>> loss_fn = FusedInfoNCELoss(temperature=0.05)
@@ -67,6 +85,8 @@ class FusedInfoNCELoss(nn.Module):
         reduction: Reduction = "mean",
         precision: str | None = None,
         backend: str = "auto",
+        gather: Gather = False,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         for name, mixing in (("hard_negative_mixing", hard_negative_mixing), ("positive_mixing", positive_mixing)):
@@ -78,11 +98,14 @@ class FusedInfoNCELoss(nn.Module):
         self.queue = NegativeQueue(queue_size) if queue_size else None
         self.hard_negative_mixing, self.positive_mixing = hard_negative_mixing, positive_mixing
         self.reduction, self.precision, self.backend = reduction, precision, backend
+        self.gather, self.process_group = check_gather(gather, process_group), process_group
+        self._refuse_with_gather()
         self._rows: tuple[Tensor, Tensor, Tensor] | None = None
+        self._joined: dict[str, Tensor] = {}
 
     @property
     def last(self) -> dict[str, Tensor]:
-        return {} if self._rows is None else mean_of_rows(*self._rows)
+        return dict(self._joined) if self._rows is None else mean_of_rows(*self._rows)
 
     def forward(
         self,
@@ -104,7 +127,13 @@ class FusedInfoNCELoss(nn.Module):
 
         Returns:
             A scalar, or (N,) with ``reduction="none"``; float32, or float64 where an input is float64.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came; with ``gather``, ValueError on
+                every rank, with the words of those that failed.
         """
+        if self.gather and (ranks := ranks_of(self.process_group)).size > 1:
+            return self._forward_joined(query, key, negatives, query_group, key_group, ranks)
         use_queue = self.queue is not None and self.training
         temperature = self.temperature()
         groups = None
@@ -137,5 +166,119 @@ class FusedInfoNCELoss(nn.Module):
         self._rows = (loss.detach(), positive, hardest)
         return loss
 
+    @torch.compiler.disable
+    def _forward_joined(
+        self,
+        query: Tensor,
+        key: Tensor,
+        negatives: Tensor | None,
+        query_group: Tensor | None,
+        key_group: Tensor | None,
+        ranks: Ranks,
+    ) -> Tensor:
+        def describe() -> tuple[dict[str, int], dict[str, object]]:
+            _check_shares(query, key, negatives, query_group, key_group)
+            self._check_own_rows(query, key, negatives)
+            matrices = {"query": query, "key": key, "negatives": negatives}
+            rows = {name: 0 if matrix is None else len(matrix) for name, matrix in matrices.items()}
+            terms: dict[str, object] = {name: describe_rows(matrix) for name, matrix in matrices.items()}
+            return rows, {**terms, "groups": query_group is not None, **self.terms()}
+
+        told, failure = attempt(describe)
+        shares = agree(ranks, *(told or ({}, {})), failure)
+        return self.joined(query, key, negatives, query_group, key_group, ranks, shares)
+
+    def terms(self) -> dict[str, object]:
+        """The options that have to be the same on all ranks."""
+        return {
+            "loss": type(self).__name__,
+            "gather": self.gather,
+            "temperature": self.temperature.extra_repr(),
+            "options": self.extra_repr(),
+            "hard_negative_weight": self.hard_negative_weight,
+            "queue_size": None if self.queue is None else self.queue.size,
+            "training": self.training,
+        }
+
+    def joined(
+        self,
+        query: Tensor,
+        key: Tensor,
+        negatives: Tensor | None,
+        query_group: Tensor | None,
+        key_group: Tensor | None,
+        ranks: Ranks,
+        shares: dict[str, Shares],
+    ) -> Tensor:
+        """The loss over the joined batch once the ranks have agreed on their ``shares`` of query, key and negatives."""
+        use_queue = self.queue is not None and self.training
+        result = joined_info_nce(
+            Part(query, shares["query"], query_group),
+            Part(key, shares["key"], key_group),
+            None if negatives is None else Part(negatives, shares["negatives"]),
+            ranks,
+            gather=self.gather,
+            symmetric=self.symmetric,
+            reduction=self.reduction,
+            temperature=self.temperature(),
+            hard_negative_weight=self.hard_negative_weight if negatives is not None else 0.0,
+            bank=self.queue.rows() if use_queue and self.queue is not None else None,
+            same_group=self.same_group,
+            margin=self.margin,
+            precision=self.precision,
+            backend=self.backend,
+        )
+        if use_queue and self.queue is not None and result.keys is not None:
+            self.queue.push(result.keys)
+        self._rows, self._joined = None, joined_means(result, shares["query"], ranks)
+        return result.loss
+
+    def _refuse_with_gather(self) -> None:
+        """What can't be had with ``gather``, or not with a ring."""
+        if not self.gather:
+            return
+        for name in ("hard_negative_mixing", "positive_mixing"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: expected None with gather, since it looks at one rank's keys")
+        if self.gather == "ring" and self.queue is not None:
+            raise ValueError('queue_size: expected 0 with gather="ring", since a queue takes the keys of all ranks')
+        if self.gather == "ring" and self.same_group == "positive":
+            raise ValueError(
+                'same_group: expected "exclude" or "negative" with gather="ring", which keeps a log-sum-exp of other '
+                "ranks' keys and not their logits"
+            )
+
+    def _check_own_rows(self, query: Tensor, key: Tensor, negatives: Tensor | None) -> None:
+        if self.symmetric and len(query) != len(key):
+            raise ValueError(
+                f"symmetric: expected as many queries as keys, got {len(query)} queries and {len(key)} keys"
+            )
+        if self.hard_negative_weight and negatives is not None and len(negatives) != len(query):
+            raise ValueError(
+                f"hard_negative_weight: expected one negative for each of the {len(query)} queries, "
+                f"got {len(negatives)} negatives"
+            )
+
     def extra_repr(self) -> str:
         return f"margin={self.margin}, symmetric={self.symmetric}, same_group={self.same_group!r}, reduction={self.reduction!r}"
+
+
+def _check_shares(
+    query: Tensor, key: Tensor, negatives: Tensor | None, query_group: Tensor | None, key_group: Tensor | None
+) -> None:
+    """What :func:`hicl_fast.functional.info_nce` would refuse, found out before anything is exchanged."""
+    check.floating_matrix("query", query, "(N, D)")
+    if query.numel() == 0:
+        raise ValueError(f"query: expected at least one row and one dimension, got {check.describe(query)}")
+    for name, value, shape in (("key", key, "(M, D)"), ("negatives", negatives, "(P, D)")):
+        if value is not None:
+            check.floating_matrix(name, value, shape, like=query)
+            check.row_length(name, value, query.shape[1])
+    if len(key) < len(query):
+        raise ValueError(f"key: expected at least {len(query)} rows, one for each query, got {check.describe(key)}")
+    if (query_group is None) != (key_group is None):
+        missing = "query_group" if query_group is None else "key_group"
+        raise ValueError(f"{missing}: expected an int64 tensor, since the other side's groups are given, got None")
+    if query_group is not None and key_group is not None:
+        check.index_vector("query_group", query_group, len(query), "a group for each query", query)
+        check.index_vector("key_group", key_group, len(key), "a group for each key", query)
