@@ -5,6 +5,7 @@ from hicl_fast.backend import BackendError, BackendStatus, backends
 from hicl_fast.losses import (
     FusedHiCLLoss,
     FusedInfoNCELoss,
+    GradientParadigmLoss,
     HardNegativeMixing,
     NegativeQueue,
     PositiveMixing,
@@ -18,6 +19,7 @@ __all__ = [
     "BackendStatus",
     "FusedHiCLLoss",
     "FusedInfoNCELoss",
+    "GradientParadigmLoss",
     "HardNegativeMixing",
     "NegativeQueue",
     "PositiveMixing",

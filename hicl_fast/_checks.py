@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import torch
@@ -60,3 +61,10 @@ def positive_number(name: str, value: float) -> None:
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     if not value > 0:
         raise ValueError(f"{name}: expected a number above 0, got {value!r}")
+
+
+def real_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")

@@ -8,10 +8,11 @@ from __future__ import annotations
 from hicl_fast.backend import chunked_hard_negatives as hard_negatives
 from hicl_fast.backend import chunked_info_nce as info_nce
 from hicl_fast.backend import chunked_mixed_negatives as mixed_negatives
+from hicl_fast.backend import chunked_paradigm as paradigm
 from hicl_fast.backend import chunked_segment_pool as segment_pool
 from hicl_fast.backend.registry import BackendStatus, Call
 
-__all__ = ["hard_negatives", "info_nce", "mixed_negatives", "refusal", "segment_pool", "status"]
+__all__ = ["hard_negatives", "info_nce", "mixed_negatives", "paradigm", "refusal", "segment_pool", "status"]
 
 
 def status() -> BackendStatus:

@@ -28,6 +28,8 @@ def status() -> BackendStatus:
 
 
 def refusal(call: Call) -> str:
+    if call.operator == "paradigm":
+        return "it has no kernels for this objective of the gradient paradigm"
     if call.operator in ("info_nce", "hard_negatives") and call.dtype == torch.float64:
         return "it takes float32, bfloat16 and float16, got float64"
     if _interpreting():

@@ -8,6 +8,7 @@ from hicl_fast.reference.hard_negatives import hard_negatives
 from hicl_fast.reference.hicl import hicl_loss
 from hicl_fast.reference.info_nce import info_nce, normalise
 from hicl_fast.reference.mixing import mixed_negative_logits, positive_mixing
+from hicl_fast.reference.paradigm import paradigm
 from hicl_fast.reference.segment_pool import segment_pool
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "info_nce",
     "mixed_negative_logits",
     "normalise",
+    "paradigm",
     "positive_mixing",
     "segment_pool",
 ]

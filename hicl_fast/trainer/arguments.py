@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import transformers
 from transformers.trainer_utils import IntervalStrategy
 
-from hicl_fast.trainer.methods import METHODS
+from hicl_fast.reference.paradigm import MODIFIABLE, OBJECTIVES
+from hicl_fast.trainer.methods import GATHER, METHODS
 from hicl_fast.trainer.token_pooling import POOLERS
 
 
@@ -77,7 +78,27 @@ class MethodArguments:
         0.1, "hncse-pm: a positive is mixed where it leads the hardest negative by less than this share"
     )
     positive_weights: str = _option("1.0,0.1", "hncse-pm: the two weights of the mixture, or search")  # type: ignore[assignment]
+    objective: str = _option("info_nce", f"paradigm: {', '.join(OBJECTIVES)}")  # type: ignore[assignment]
+    modified: str = _option(  # type: ignore[assignment]
+        "", f"paradigm: what {', '.join(MODIFIABLE)} have of the paper's gradient, as gd,w,r"
+    )
+    paradigm_margin: float | None = _option(None, "paradigm: the objective's margin; default: the paper's")  # type: ignore[assignment]
+    strength: float = _option(1.0, "paradigm: weight of what drives the rows apart, where not contrastive")  # type: ignore[assignment]
+    ratio: str | None = _option(  # type: ignore[assignment]
+        None,
+        "paradigm: of custom a number, arccon, met or mat (default 1); of modified forms a number (default: paper's)",
+    )
+    dissipation: str = _option("softmax", "paradigm, custom: softmax, none or a margin")  # type: ignore[assignment]
+    weight: str = _option("softmax", "paradigm, custom: softmax, uniform, hardest, or power:3")  # type: ignore[assignment]
+    log_gradient_terms: bool = _option(  # type: ignore[assignment]
+        False, "paradigm: log dissipation, weight and ratio of the contrastive objectives and custom"
+    )
     backend: str = _option("auto", "of the loss: auto, torch, cpp or triton")  # type: ignore[assignment]
+    gather: str = _option(  # type: ignore[assignment]
+        "none",
+        "with several processes: none (a process's documents are compared with each other), all (with those of all "
+        "processes, which are gathered) or ring (the same, passed round)",
+    )
     check_every: int = _option(  # type: ignore[assignment]
         0, "every so many steps compare loss and gradients with the float64 reference, and stop where they differ"
     )
@@ -85,7 +106,9 @@ class MethodArguments:
     def __post_init__(self) -> None:
         _check_choice("method", self.method, METHODS)
         _check_choice("same_sequence", self.same_sequence, ("exclude", "negative", "positive"))
+        _check_choice("objective", self.objective, OBJECTIVES)
         _check_choice("bank", self.bank, ("batch", "previous"))
+        _check_choice("gather", self.gather, GATHER)
         _check_choice("segment_pooling", self.segment_pooling, ("length", "mean"))
 
 
@@ -95,6 +118,11 @@ class TrainingArguments(transformers.TrainingArguments):
 
     per_device_train_batch_size: int = _option(64, "documents in a batch, on each device")  # type: ignore[assignment]
     learning_rate: float = _option(3e-5, "highest learning rate")  # type: ignore[assignment]
+    gradient_cache_chunk_size: int = _option(  # type: ignore[assignment]
+        0,
+        "texts (segments) that the encoder takes at a time, while the loss is the whole batch's: memory for large "
+        "batches at the price of a second forward pass; 0: all at once",
+    )
     num_train_epochs: float = _option(1.0, "passes over the text")  # type: ignore[assignment]
     logging_steps: float = _option(10, "steps between two lines of the log")  # type: ignore[assignment]
     eval_strategy: IntervalStrategy | str = _option(  # type: ignore[assignment]
@@ -106,6 +134,10 @@ class TrainingArguments(transformers.TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.gradient_cache_chunk_size < 0:
+            raise ValueError(
+                f"gradient_cache_chunk_size: expected at least 1 text, or 0 for all, got {self.gradient_cache_chunk_size}"
+            )
         if self.eval_steps is not None and IntervalStrategy(self.eval_strategy) == IntervalStrategy.NO:
             self.eval_strategy = IntervalStrategy.STEPS
         if self.load_best_model_at_end and self.metric_for_best_model is None:

@@ -66,6 +66,11 @@ def train(argv: list[str] | None = None) -> dict[str, float | None]:
 def build(args: Arguments) -> tuple[ContrastiveTrainer, Path | None]:
     """A trainer ready to run, and the checkpoint it is to go on from."""
     training, output_dir = args.training, Path(args.training.output_dir)  # type: ignore[arg-type]
+    if args.method.gather != "none" and args.method.check_every and training.world_size > 1:
+        raise ValueError(
+            "check_every: expected 0 with --gather, whose loss one process's reference has not the documents for, "
+            f"got {args.method.check_every}"
+        )
     development = read_development_task(args)
     text = read_training_text(args.data.train_file, args.data.max_train_samples)
     logger.info("%s: %d rows, %d empty ones skipped", args.data.train_file, len(text.rows), text.skipped)
@@ -87,6 +92,7 @@ def build(args: Arguments) -> tuple[ContrastiveTrainer, Path | None]:
         pooler_type=pooler_type,
         saved_pooler_type="cls_before_pooler" if args.model.mlp_only_train else pooler_type,
         check_every=args.method.check_every,
+        gradient_cache_chunk_size=training.gradient_cache_chunk_size,
         model=encoder,
         args=training,
         processing_class=tokenizer,

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 from torch import Tensor
 
 from hicl_fast import FusedHiCLLoss, FusedInfoNCELoss, reference
+from hicl_fast.distributed import Gather
 from hicl_fast.trainer import mixing
+from hicl_fast.trainer.paradigm import GradientParadigm
 
 if TYPE_CHECKING:
     from hicl_fast.trainer.arguments import MethodArguments
@@ -57,6 +59,7 @@ class SimCSE:
             args.temp,
             hard_negative_weight=args.hard_negative_weight,
             backend=args.backend,
+            gather=GATHER[args.gather],
             **mixing.modules(self.mixes, args, seed),
         )
 
@@ -110,6 +113,7 @@ class HiCL:
         self.fused: FusedHiCLLoss = FusedHiCLLoss(
             **self.settings,  # type: ignore[arg-type]
             backend=args.backend,
+            gather=GATHER[args.gather],
             **mixing.modules(self.mixes, args, seed),
         )
 
@@ -134,6 +138,8 @@ class HiCLHNCSE(HiCL):
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes(negatives=True, positives=True)
 
 
+GATHER: dict[str, Gather] = {"none": False, "all": True, "ring": "ring"}
+
 METHODS: dict[str, type[Method]] = {
     "simcse": SimCSE,
     "hncse-hnm": HNCSENegatives,
@@ -141,4 +147,5 @@ METHODS: dict[str, type[Method]] = {
     "hncse": HNCSE,
     "hicl": HiCL,
     "hicl+hncse": HiCLHNCSE,
+    "paradigm": GradientParadigm,
 }

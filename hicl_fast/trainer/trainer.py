@@ -12,6 +12,7 @@ from transformers import Trainer
 from hicl_fast.evaluation import Task, score_task
 from hicl_fast.trainer.checks import check_loss
 from hicl_fast.trainer.encoder import SentenceEncoder
+from hicl_fast.trainer.gradient_cache import embed_in_chunks
 from hicl_fast.trainer.methods import Method, Views
 from hicl_fast.trainer.model import POOLING_KEY, write_sentence_transformers_files
 from hicl_fast.trainer.token_pooling import embed
@@ -26,6 +27,7 @@ class ContrastiveTrainer(Trainer):
         pooler_type: how tokens are pooled in training.
         saved_pooler_type: how they are pooled from then on; recorded in the saved model.
         check_every: steps between two comparisons with the reference; 0: never.
+        gradient_cache_chunk_size: texts that the encoder takes at a time, while the loss is the whole batch's; 0: all.
         kwargs: for ``transformers.Trainer``; ``eval_dataset`` is an STS task.
     """
 
@@ -37,10 +39,12 @@ class ContrastiveTrainer(Trainer):
         pooler_type: str,
         saved_pooler_type: str,
         check_every: int = 0,
+        gradient_cache_chunk_size: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.method, self.num_views, self.check_every = method, num_views, check_every
+        self.gradient_cache_chunk_size = gradient_cache_chunk_size
         self.pooler_type, self.saved_pooler_type = pooler_type, saved_pooler_type
         setattr(self.model.config, POOLING_KEY, saved_pooler_type)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch: accumulation has to average it
@@ -53,7 +57,7 @@ class ContrastiveTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        embeddings = embed(model, inputs["input_ids"], inputs["attention_mask"], self.pooler_type)  # (V·S, D)
+        embeddings = self._embed(model, inputs["input_ids"], inputs["attention_mask"])  # (V·S, D)
         lengths = inputs["attention_mask"].chunk(self.num_views)[0].sum(dim=1)
 
         def views(rows: Tensor) -> Views:
@@ -64,6 +68,14 @@ class ContrastiveTrainer(Trainer):
         if self._check_is_due():
             check_loss(loss, embeddings, lambda rows: self.method.reference(views(rows)), self.state.global_step)
         return (loss, {"embeddings": embeddings}) if return_outputs else loss
+
+    def _embed(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        def encode(rows: slice) -> Tensor:
+            return embed(model, input_ids[rows], attention_mask[rows], self.pooler_type)
+
+        if not self.gradient_cache_chunk_size:
+            return encode(slice(None))
+        return embed_in_chunks(model, encode, len(input_ids), self.gradient_cache_chunk_size, self.args.device)
 
     def _check_is_due(self) -> bool:
         """Once in each step that is due, however many batches are accumulated in it."""

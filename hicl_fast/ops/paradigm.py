@@ -1,0 +1,130 @@
+"""``hicl_fast::paradigm``: schema, fake kernel, autograd.
+
+One forward call computes loss and gradients; backward multiplies what was saved by the upstream gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hicl_fast.backend import registry
+from hicl_fast.ops import info_nce
+from hicl_fast.ops.autograd import once_differentiable, runs_eagerly, without_autocast
+from hicl_fast.ops.paradigm_objectives import OBJECTIVES, Views
+from hicl_fast.ops.paradigm_settings import NUM_FIELDS, SCHEMA, Settings
+from hicl_fast.ops.problem import Problem, sum_type
+
+_library = torch.library.Library("hicl_fast", "FRAGMENT")
+_library.define(
+    f"paradigm(Tensor u, Tensor v, {SCHEMA}, bool wants_gradients, str backend) "
+    "-> (Tensor loss, Tensor positive, Tensor hardest, Tensor u_grad, Tensor v_grad)"
+)
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def apply(
+    u: Tensor,  # (N, D)
+    v: Tensor,  # (N, D)
+    settings: Settings,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and detached the similarities of positives (N,) and of hardest negatives, (N,) or empty."""
+    if settings.objective in ("info_nce", "arccon"):
+        return info_nce.apply(_as_info_nce(u, v, settings), "mean", backend)
+    backend = registry.choose(backend, "paradigm", u.device.type, sum_type(u, v))
+    wants_gradients = torch.is_grad_enabled() and (u.requires_grad or v.requires_grad)
+    if not runs_eagerly(u, v):
+        if settings.has_callables:
+            raise ValueError(
+                "objective: expected parts by name or number under torch.compile and torch.export, got a callable"
+            )
+        outputs = torch.ops.hicl_fast.paradigm(u, v, *settings.flat(), wants_gradients, backend)
+        return outputs[0], outputs[1], outputs[2]
+    if wants_gradients:
+        return _Paradigm.apply(u, v, settings, backend)
+    return _run(u, v, settings, False, backend)[:3]
+
+
+def _as_info_nce(u: Tensor, v: Tensor, settings: Settings) -> Problem:
+    scale = torch.tensor(1.0 / settings.temperature, dtype=torch.float64)
+    nothing = (None, None, None, None, None, None)
+    return Problem(u, v, scale, *nothing, 0.0, "exclude", settings.margin, False, "default")
+
+
+def _run(u: Tensor, v: Tensor, settings: Settings, wants_gradients: bool, backend: str) -> _Outputs:
+    with torch.no_grad(), without_autocast(u.device.type):
+        views = Views.of(u, v, sum_type(u, v))
+        engine = registry.implementation("paradigm", backend)
+        loss, u_grad, v_grad, hardest = OBJECTIVES[settings.objective](views, settings, engine)
+        if wants_gradients:
+            return loss, views.positive, hardest, views.u.gradient(u_grad), views.v.gradient(v_grad)
+    return loss, views.positive, hardest, loss.new_empty(0), loss.new_empty(0)
+
+
+def _run_registered(u: Tensor, v: Tensor, *rest: Any) -> _Outputs:
+    *flat, wants_gradients, backend = rest
+    return _run(u, v, Settings.of_flat(tuple(flat)), wants_gradients, backend)
+
+
+_library.impl("paradigm", _run_registered, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("hicl_fast::paradigm", lib=_library)
+def _fake(u: Tensor, v: Tensor, *rest: Any) -> _Outputs:
+    *flat, wants_gradients, _ = rest
+    n, dtype = u.shape[0], sum_type(u, v)
+
+    def empty(*shape: int) -> Tensor:
+        return u.new_empty(shape, dtype=dtype)
+
+    hardest = empty(n if Settings.of_flat(tuple(flat)).knows_hardest else 0)
+    gradients = [empty(*x.shape) if wants_gradients else empty(0) for x in (u, v)]
+    return empty(), empty(n), hardest, gradients[0], gradients[1]
+
+
+def _save(ctx: Any, u: Tensor, v: Tensor, gradients: tuple[Tensor, Tensor]) -> None:
+    ctx.types = (u.dtype, v.dtype)
+    ctx.save_for_backward(*gradients)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, loss_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    """In the type of the sums until the upstream gradient is in, so that a scaled float16 loss doesn't underflow."""
+    if loss_grad is None:
+        return None, None
+    return tuple(
+        (gradient * loss_grad).to(dtype) if is_wanted else None
+        for gradient, dtype, is_wanted in zip(ctx.saved_tensors, ctx.types, ctx.needs_input_grad[:2], strict=True)
+    )
+
+
+class _Paradigm(torch.autograd.Function):
+    """The operator without the dispatcher, and with callables."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, v: Tensor, settings: Settings, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+        loss, positive, hardest, *gradients = _run(u, v, settings, True, backend)
+        _save(ctx, u, v, (gradients[0], gradients[1]))
+        ctx.mark_non_differentiable(positive, hardest)
+        return loss, positive, hardest
+
+    @staticmethod
+    @once_differentiable("paradigm")
+    def backward(ctx: Any, loss_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, loss_grad), None, None
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
+    _save(ctx, inputs[0], inputs[1], (output[3], output[4]))
+    ctx.mark_non_differentiable(*output[1:])
+
+
+@once_differentiable("paradigm")
+def _backward(ctx: Any, loss_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    return *_gradients(ctx, loss_grad), *(None,) * (NUM_FIELDS + 2)
+
+
+torch.library.register_autograd("hicl_fast::paradigm", _backward, setup_context=_setup, lib=_library)

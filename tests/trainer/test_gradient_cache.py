@@ -1,0 +1,150 @@
+"""Batches that the encoder takes chunk by chunk: the same gradients, and runs that lose nothing by it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hicl_fast.functional as HF
+from hicl_fast.trainer import scratch
+from hicl_fast.trainer.cli import main, train
+from hicl_fast.trainer.gradient_cache import embed_in_chunks
+from hicl_fast.trainer.text import read_training_text
+
+CPU = torch.device("cpu")
+Command = Callable[..., list[str]]
+
+
+def losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def encoder() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 8)).double()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 10, 100])
+def test_gradients_and_random_states(chunk_size: int) -> None:
+    rows = torch.randn(10, 6, dtype=torch.float64)
+    results = []
+    for caches in (False, True):
+        model = encoder()
+        if caches:
+            embeddings = embed_in_chunks(model, lambda chunk: model(rows[chunk]), 10, chunk_size, CPU)  # noqa: B023
+        else:  # the same chunks, all graphs kept
+            embeddings = torch.cat([model(part) for part in rows.split(chunk_size)])
+        state = torch.get_rng_state()
+        HF.info_nce(embeddings, embeddings.roll(1, 0), temperature=0.5).backward()
+        assert torch.equal(torch.get_rng_state(), state)
+        results.append((embeddings.detach(), state, *(p.grad for p in model.parameters())))
+    for plain, cached in zip(*results, strict=True):
+        if chunk_size >= 10:
+            assert torch.equal(cached, plain)
+        torch.testing.assert_close(cached, plain, rtol=1e-12, atol=1e-14)
+
+
+def test_what_is_kept_is_a_chunk() -> None:
+    """Activations that are alive at once."""
+    alive, most = 0, 0
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            nonlocal alive, most
+            if ctx.needs_input_grad[0]:
+                ctx.counts = len(x)
+                alive += len(x)
+                most = max(most, alive)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient: Tensor) -> Tensor:
+            nonlocal alive
+            alive -= ctx.counts
+            return gradient
+
+    weight = torch.ones(6, requires_grad=True)
+    rows = torch.randn(12, 6)
+
+    def encode(chunk: slice) -> Tensor:
+        scaled = rows[chunk] * weight
+        return Counted.apply(scaled) if torch.is_grad_enabled() else scaled
+
+    embed_in_chunks(nn.Identity(), encode, 12, 4, CPU).square().sum().backward()
+    assert (most, alive) == (4, 0)
+    torch.testing.assert_close(weight.grad, 2 * rows.square().sum(dim=0))
+
+
+def write_start(paragraphs: Path, folder: Path, dropout: float) -> Path:
+    """A start that runs share: vocabularies of two trainings on the same text may differ."""
+    torch.manual_seed(0)
+    scratch.write_scratch_model((row[0] for row in read_training_text(paragraphs).rows), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "hicl", "segment_length": 16},
+        {"method": "hncse", "max_seq_length": 16},
+        {"method": "simcse", "bf16": True, "per_device_train_batch_size": 4, "max_seq_length": 8},
+        {"method": "simcse", "gradient_accumulation_steps": 2},
+    ],
+    ids=lambda options: " ".join(f"{key} {value}" for key, value in options.items()),
+)
+def test_one_chunk_changes_nothing(
+    tmp_path: Path, paragraphs: Path, command: Command, options: dict[str, object]
+) -> None:
+    """Dropout included: the same losses, digit by digit, over several steps."""
+    start = write_start(paragraphs, tmp_path / "start", dropout=0.1)
+    settings = {**options, "max_steps": 2, "model_name_or_path": start}
+    train(command(paragraphs, "plain", **settings))
+    train(command(paragraphs, "cached", **settings, gradient_cache_chunk_size=1000))
+    assert losses(tmp_path / "cached") == losses(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("method", ["simcse", "hicl"])
+def test_small_chunks_give_the_same_losses(tmp_path: Path, paragraphs: Path, command: Command, method: str) -> None:
+    """Without dropout, whose masks depend on the chunks."""
+    start = write_start(paragraphs, tmp_path / "start", dropout=0.0)
+    settings = {"method": method, "max_steps": 2, "model_name_or_path": start}
+    train(command(paragraphs, "plain", **settings))
+    train(command(paragraphs, "cached", **settings, gradient_cache_chunk_size=5, check_every=1))
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)
+
+
+def test_wrong_chunk_size_is_named(sentences: Path, command: Command) -> None:
+    with pytest.raises(SystemExit, match="^error: gradient_cache_chunk_size: expected at least 1 text"):
+        main(command(sentences, gradient_cache_chunk_size=-1))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path, paragraphs: Path, command: Command) -> None:
+    """Half the documents on each, in chunks, with the loss of all: the losses of one process with all of them."""
+    start = write_start(paragraphs, tmp_path / "start", dropout=0.0)
+    settings = {"method": "hicl", "max_steps": 3, "model_name_or_path": start}
+    train(command(paragraphs, "one", **settings, per_device_train_batch_size=8))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = {**settings, "per_device_train_batch_size": 4, "gather": "all", "gradient_cache_chunk_size": 5}
+    done = subprocess.run(
+        [*torchrun, "-m", "hicl_fast.trainer", *command(paragraphs, "two", **options)],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
