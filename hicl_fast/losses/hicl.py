@@ -113,7 +113,7 @@ class FusedHiCLLoss(nn.Module):
         pooled_positive = self.pool(segments_positive, offsets, lengths)
         global_loss = self.global_loss(pooled, pooled_positive)
         sequence = sequence_index(offsets, segments.shape[0])
-        local_loss, _, _ = HF.info_nce_with_statistics(
+        local_loss = HF.info_nce(
             segments,
             segments_positive,
             temperature=self.temperature,

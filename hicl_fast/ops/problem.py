@@ -16,6 +16,7 @@ __all__ = [
     "NORM_FLOOR",
     "NOTHING",
     "Gradients",
+    "Mixing",
     "Problem",
     "RowStatistics",
     "Wanted",
@@ -52,6 +53,14 @@ class Gradients(NamedTuple):
     scale: Tensor  # ()
 
 
+class Mixing(NamedTuple):
+    """Mixtures of each row's hard negatives among the keys, as further columns of that row (HNCSE)."""
+
+    k: int  # how many of a row's most similar keys, beside its positive and its group, are mixed
+    pairs: Tensor  # (N, m, 2) int64, which of the k, from 0: see random_pairs
+    alpha: float = 0.5  # the first one's share
+
+
 class RowStatistics(NamedTuple):
     """What one sweep over the similarities leaves behind for each row."""
 
@@ -60,6 +69,7 @@ class RowStatistics(NamedTuple):
     column_lse: Tensor  # (M,) the same for the column loss; empty unless the loss is symmetric
     positive: Tensor  # (N,) similarity of the positive, before any margin
     hardest: Tensor  # (N,) largest similarity among the negatives; −inf where there is none
+    hard_negatives: Tensor | None = None  # (N, k) int64, with Mixing: the keys that were mixed
     total: Tensor | None = None  # () row_weight · Σ loss, where the backend has it at hand
 
 
