@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hicl_fast.backend import registry
+
 __all__ = ["random_pairs"]
 
 LARGEST_K = 1 << 16  # k (k − 1) / 2 then stays below 2³¹, and its product with 32 random bits within an int64
@@ -50,6 +52,23 @@ def random_pairs(
     for name, value in (("num_rows", num_rows), ("num_mixed", num_mixed)):
         if value < 0:
             raise ValueError(f"{name}: expected at least 0, got {value}")
+    if _runs_in_cpp(device, num_rows, num_mixed, k, seed):
+        return torch.ops.hicl_fast_cpp.random_pairs(num_rows, num_mixed, k, _signed(seed % _WORD))
+    return _random_pairs(num_rows, num_mixed, k, seed, device)
+
+
+def _runs_in_cpp(device: torch.device | str | None, *numbers: int | torch.SymInt) -> bool:
+    """One pass of csrc/cpu/pairs.cpp, where it is there and nothing is traced."""
+    is_traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if is_traced or not all(isinstance(number, int) for number in numbers):
+        return False
+    device = torch.get_default_device() if device is None else torch.device(device)
+    return device.type == "cpu" and registry.is_available("cpp")
+
+
+def _random_pairs(
+    num_rows: int, num_mixed: int, k: int, seed: int, device: torch.device | str | None
+) -> Tensor:  # (num_rows, num_mixed, 2) int64
     row = torch.arange(num_rows, dtype=torch.int64, device=device)
     pair = torch.arange(num_mixed, dtype=torch.int64, device=device)
     counter = (row << 32)[:, None] + pair
