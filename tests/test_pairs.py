@@ -24,7 +24,10 @@ def test_the_compiled_pairs_are_the_same(k: int, seed: int) -> None:
     if not registry.is_available("cpp"):
         pytest.skip("the C++ extension is not there")
     assert module._runs_in_cpp("cpu", 70, 60, k, seed)
-    assert torch.equal(HF.random_pairs(70, 60, k, seed), module._random_pairs(70, 60, k, seed, "cpu"))
+    pairs = HF.random_pairs(70, 60, k, seed)
+    assert torch.equal(pairs, module._random_pairs(70, 60, k, seed, "cpu", 0))
+    part = HF.random_pairs(20, 60, k, seed, first_row=50)
+    assert torch.equal(part, pairs[50:]) and torch.equal(part, module._random_pairs(20, 60, k, seed, "cpu", 50))
 
 
 def test_two_make_one_pair() -> None:

@@ -27,14 +27,14 @@ void write_pair(int64_t rank, int64_t* pair) {
   pair[1] = b;
 }
 
-Tensor random_pairs(int64_t num_rows, int64_t num_mixed, int64_t k, int64_t seed) {
+Tensor random_pairs(int64_t num_rows, int64_t num_mixed, int64_t k, int64_t seed, int64_t first_row) {
   Tensor pairs = new_tensor<int64_t>({num_rows, num_mixed, 2});
   int64_t* out = data<int64_t>(pairs);
   const uint64_t start = mixed(uint64_t(seed) + kGolden), num_pairs = uint64_t(k) * uint64_t(k - 1) / 2;
   torch::stable::parallel_for(0, num_rows, rows_per_thread(num_mixed), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t p = 0; p < num_mixed; ++p) {
-        const uint64_t counter = (uint64_t(i) << 32) + uint64_t(p);
+        const uint64_t counter = (uint64_t(first_row + i) << 32) + uint64_t(p);
         const uint64_t random = mixed(counter * kGolden + start) >> 32;
         write_pair(int64_t(random * num_pairs >> 32), out + (i * num_mixed + p) * 2);
       }
@@ -45,7 +45,7 @@ Tensor random_pairs(int64_t num_rows, int64_t num_mixed, int64_t k, int64_t seed
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(hicl_fast_cpp, m) {
-  m.def("random_pairs(int num_rows, int num_mixed, int k, int seed) -> Tensor");
+  m.def("random_pairs(int num_rows, int num_mixed, int k, int seed, int first_row) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(hicl_fast_cpp, CompositeExplicitAutograd, m) { m.impl("random_pairs", TORCH_BOX(&random_pairs)); }
 
