@@ -54,11 +54,17 @@ class Gradients(NamedTuple):
 
 
 class Mixing(NamedTuple):
-    """Mixtures of each row's hard negatives among the keys, as further columns of that row (HNCSE)."""
+    """Mixtures of each row's hard negatives among the keys, as further columns of that row (HNCSE, arXiv 2411.12156).
 
-    k: int  # how many of a row's most similar keys, beside its positive and its group, are mixed
-    pairs: Tensor  # (N, m, 2) int64, which of the k, from 0: see random_pairs
-    alpha: float = 0.5  # the first one's share
+    Args:
+        k: how many of a row's most similar keys, beside its positive and its group, are mixed.
+        pairs: (N, m, 2) int64, which two of the k each mixture is of, from 0; for example of :func:`random_pairs`.
+        alpha: the first one's share.
+    """
+
+    k: int
+    pairs: Tensor
+    alpha: float = 0.5
 
 
 class RowStatistics(NamedTuple):
