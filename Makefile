@@ -14,7 +14,7 @@ LINKED := .venv/.linked
 BUILT := .venv/.built
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build bench test test-main test-interpret test-quick lint format wheel cuda-check gpu-check clean
+.PHONY: help venv build bench test test-main test-interpret test-quick lint format docs wheel cuda-check gpu-check clean
 
 help: ## list the targets
 	@echo "hicl_fast: contrastive losses as custom kernels. Each target does first whatever it needs."
@@ -49,6 +49,10 @@ lint: $(INSTALLED) ## check style (ruff) and types (mypy)
 format: $(INSTALLED) ## rewrite the Python files in the style that lint asks for
 	$(BIN)/ruff check --fix $(STYLED)
 	$(BIN)/ruff format $(STYLED)
+
+docs: $(LINKED) ## write the API reference, from the docstrings, to build/docs/index.html
+	$(BIN)/python -c "import sphinx" 2>/dev/null || $(PIP) install -r requirements/docs.txt
+	$(BIN)/python -m sphinx --quiet --fail-on-warning docs/api build/docs
 
 wheel: $(INSTALLED) ## build a wheel, with the compiled extension inside, into dist/
 	rm -rf build/lib* build/bdist*

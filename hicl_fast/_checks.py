@@ -44,6 +44,13 @@ def index_vector(name: str, value: Tensor, length: int, what: str, like: Tensor)
     same_device(name, value, like)
 
 
+def integers(name: str, value: Tensor, shape: str, like: Tensor) -> None:
+    """An int64 tensor on the same device; its shape is for the caller to check."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        raise TypeError(f"{name}: expected an int64 tensor of shape {shape}, got {describe(value)}")
+    same_device(name, value, like)
+
+
 def same_device(name: str, value: Tensor, like: Tensor) -> None:
     if value.device != like.device:
         raise ValueError(

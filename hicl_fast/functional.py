@@ -17,8 +17,9 @@ from hicl_fast.ops import mixed_negatives as _mixed_negatives_op
 from hicl_fast.ops import paradigm as _paradigm_op
 from hicl_fast.ops import positive_mixing as _positive_mixing_op
 from hicl_fast.ops import segment_pool as _segment_pool_op
+from hicl_fast.ops.info_nce import Result
 from hicl_fast.ops.paradigm_settings import Settings
-from hicl_fast.ops.problem import Problem
+from hicl_fast.ops.problem import Mixing, Problem
 from hicl_fast.pairs import random_pairs
 from hicl_fast.reference.info_nce import Reduction, SameGroup
 from hicl_fast.reference.paradigm import (
@@ -33,6 +34,7 @@ from hicl_fast.reference.paradigm import (
 )
 
 __all__ = [
+    "Mixing",
     "hard_negatives",
     "info_nce",
     "info_nce_with_statistics",
@@ -58,6 +60,7 @@ def info_nce(
     hard_negative_weight: float = 0.0,
     bank: Tensor | None = None,  # (B, D)
     extra_logits: Tensor | None = None,  # (N, E)
+    mixing: Mixing | None = None,
     query_group: Tensor | None = None,  # (N,) int64
     key_group: Tensor | None = None,  # (M,) int64
     same_group: SameGroup = "exclude",
@@ -86,6 +89,9 @@ def info_nce(
         hard_negative_weight: added to the logit of row i's own negative ``negatives[i]`` (needs P = N).
         bank: (B, D) rows of earlier batches; negatives without gradient.
         extra_logits: (N, E) further columns per row that are logits already (similarity divided by τ); get gradients.
+        mixing: ``Mixing(k, pairs, alpha)``: mixtures of each row's k hardest keys as further columns, as
+            :func:`hard_negatives` and :func:`mixed_negative_logits` give them, in one pass where the backend has one
+            (``cpp``; with ``reduction="none"`` none has). Not with ``symmetric``.
         query_group: (N,) int64 group of each query, given together with ``key_group``.
         key_group: (M,) int64 group of each key.
         same_group: what keys of the row's own group are: left out of its denominator (``"exclude"``), ordinary
@@ -115,6 +121,7 @@ def info_nce(
         hard_negative_weight=hard_negative_weight,
         bank=bank,
         extra_logits=extra_logits,
+        mixing=mixing,
         query_group=query_group,
         key_group=key_group,
         same_group=same_group,
@@ -123,7 +130,7 @@ def info_nce(
         reduction=reduction,
         precision=precision,
         backend=backend,
-    )[0]
+    ).loss
 
 
 def info_nce_with_statistics(
@@ -136,6 +143,7 @@ def info_nce_with_statistics(
     hard_negative_weight: float = 0.0,
     bank: Tensor | None = None,
     extra_logits: Tensor | None = None,
+    mixing: Mixing | None = None,
     query_group: Tensor | None = None,
     key_group: Tensor | None = None,
     same_group: SameGroup = "exclude",
@@ -144,10 +152,12 @@ def info_nce_with_statistics(
     reduction: Reduction = "mean",
     precision: str | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`info_nce`, and the detached similarities of each row's positive (N,) and of its hardest negative (N,).
+) -> Result:
+    """:func:`info_nce`, and what it finds on its way: ``(loss, positive, hardest, hard_negatives)``.
 
-    The second is −inf for a row that has no negative among keys, explicit negatives and bank.
+    ``positive`` and ``hardest`` are the detached similarities of each row's positive (N,) and of its hardest negative
+    (N,), −inf for a row that has none among keys, explicit negatives and bank; ``hard_negatives`` are the keys (N, k)
+    that ``mixing`` took, or ``None``.
     """
     _check_matrices(query, key, negatives, bank)
     _check_rows(query, key, target, extra_logits, query_group, key_group)
@@ -164,6 +174,8 @@ def info_nce_with_statistics(
     if symmetric and (query.shape[0] != key.shape[0] or target is not None):
         came = f"{query.shape[0]} queries and {key.shape[0]} keys" if target is None else "a target"
         raise ValueError(f"symmetric: expected as many queries as keys and no target, got {came}")
+    if mixing is not None:
+        _check_mixing(mixing, query, key, target, symmetric)
 
     problem = Problem(
         query=query,
@@ -181,7 +193,7 @@ def info_nce_with_statistics(
         symmetric=symmetric,
         precision=precision or "default",
     )
-    return _info_nce_op.apply(problem, reduction, backend)
+    return _info_nce_op.apply(problem, reduction, backend, mixing)
 
 
 def segment_pool(
@@ -274,11 +286,9 @@ def mixed_negative_logits(
     check.row_length("bank", bank, query.shape[1])
     if query.numel() == 0:
         raise ValueError(f"query: expected at least one row and one dimension, got {check.describe(query)}")
-    _check_pairs(query, index, pairs)
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise TypeError(f"alpha: expected a number, got {check.describe(alpha)}")
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha: expected a number from 0 to 1, got {alpha!r}")
+    _check_index(query, index)
+    _check_pairs(query, pairs)
+    _check_alpha(alpha)
     return _mixed_negatives_op.apply(query, bank, index, pairs, float(alpha), _scale(temperature, query), backend)
 
 
@@ -339,18 +349,43 @@ def positive_mixing(
     return _positive_mixing_op.apply(query, positive, negative, float(threshold), weights)
 
 
-def _check_pairs(query: Tensor, index: Tensor, pairs: Tensor) -> None:
-    n = query.shape[0]
-    for name, value, shape in (("index", index, f"({n}, k)"), ("pairs", pairs, f"({n}, m, 2)")):
-        if not isinstance(value, Tensor) or value.dtype != torch.int64:
-            raise TypeError(f"{name}: expected an int64 tensor of shape {shape}, got {check.describe(value)}")
-        check.same_device(name, value, query)
-    if index.dim() != 2 or index.shape[0] != n or index.shape[1] == 0:
-        raise ValueError(
-            f"index: expected shape ({n}, k) with k ≥ 1, a row for each query, got {check.describe(index)}"
-        )
-    if pairs.dim() != 3 or pairs.shape[0] != n or pairs.shape[2] != 2:
-        raise ValueError(f"pairs: expected shape ({n}, m, 2), a row for each query, got {check.describe(pairs)}")
+def _check_mixing(mixing: Mixing, query: Tensor, key: Tensor, target: Tensor | None, symmetric: bool) -> None:
+    if symmetric:
+        raise ValueError("mixing: expected None with symmetric=True, since a mixture has one direction")
+    _check_k(mixing.k, query, key, 1 if target is None else 0)
+    _check_pairs(query, mixing.pairs)
+    _check_alpha(mixing.alpha)
+
+
+def _check_alpha(alpha: float) -> None:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise TypeError(f"alpha: expected a number, got {check.describe(alpha)}")
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha: expected a number from 0 to 1, got {alpha!r}")
+
+
+def _check_k(k: int, query: Tensor, key: Tensor, num_positives: int) -> None:
+    """``num_positives``: keys that row 0 certainly has as its positive."""
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k: expected an integer, got {check.describe(k)}")
+    most = min(_MOST_NEGATIVES, key.shape[0] - num_positives)
+    if not 1 <= k <= most:
+        came = f"{query.shape[0]} queries and {key.shape[0]} keys, of which row 0 has {most} candidates"
+        raise ValueError(f"k: expected 1 to {most}, got {k}" + (f", with {came}" if most < _MOST_NEGATIVES else ""))
+
+
+def _check_index(query: Tensor, index: Tensor) -> None:
+    shape = f"({query.shape[0]}, k)"
+    check.integers("index", index, shape, query)
+    if index.dim() != 2 or index.shape[0] != query.shape[0] or index.shape[1] == 0:
+        raise ValueError(f"index: expected shape {shape} with k ≥ 1, a row for each query, got {check.describe(index)}")
+
+
+def _check_pairs(query: Tensor, pairs: Tensor) -> None:
+    shape = f"({query.shape[0]}, m, 2)"
+    check.integers("pairs", pairs, shape, query)
+    if pairs.dim() != 3 or pairs.shape[0] != query.shape[0] or pairs.shape[2] != 2:
+        raise ValueError(f"pairs: expected shape {shape}, a row for each query, got {check.describe(pairs)}")
 
 
 def _check_matrices(query: Tensor, key: Tensor, negatives: Tensor | None, bank: Tensor | None) -> None:
@@ -456,8 +491,6 @@ def hard_negatives(
         hicl_fast.BackendError: the backend asked for is not there or does not do this call.
     """
     _check_matrices(query, key, None, None)
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k: expected an integer, got {check.describe(k)}")
     if not isinstance(exclude_target, bool):
         raise TypeError(f"exclude_target: expected True or False, got {check.describe(exclude_target)}")
     if not exclude_target and target is not None:
@@ -466,10 +499,7 @@ def hard_negatives(
         _check_rows(query, key, target, None, query_group, key_group)
     else:
         _check_groups(query, key, query_group, key_group)
-    most = min(_MOST_NEGATIVES, key.shape[0] - (exclude_target and target is None))
-    if not 1 <= k <= most:
-        came = f"{query.shape[0]} queries and {key.shape[0]} keys, of which row 0 has {most} candidates"
-        raise ValueError(f"k: expected 1 to {most}, got {k}" + (f", with {came}" if most < _MOST_NEGATIVES else ""))
+    _check_k(k, query, key, int(exclude_target and target is None))
     return _hard_negatives_op.apply(query, key, k, target, query_group, key_group, exclude_target, backend)
 
 
@@ -536,7 +566,7 @@ def paradigm(
         weight=weight,
         ratio=ratio,
         backend=backend,
-    )[0]
+    ).loss
 
 
 def paradigm_with_statistics(
@@ -552,7 +582,7 @@ def paradigm_with_statistics(
     weight: Weight = "softmax",
     ratio: Ratio = 1.0,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Result:
     """:func:`paradigm`, and the detached similarities of each row's positive (N,) and of its hardest negative.
 
     The second is (N,), for ``"mhe"``, ``"vicreg"`` and ``"barlow_twins"`` (and ``"mhs"`` with ``"gd"``) of the

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hicl_fast.backend import registry
+
 __all__ = ["random_pairs"]
 
 LARGEST_K = 1 << 16  # k (k − 1) / 2 then stays below 2³¹, and its product with 32 random bits within an int64
@@ -22,10 +24,12 @@ def random_pairs(
     k: int,
     seed: int,
     device: torch.device | str | None = None,
+    *,
+    first_row: int = 0,
 ) -> Tensor:  # (num_rows, num_mixed, 2) int64
     """Pairs (a, b), 0 ≤ a < b < k, each drawn uniformly, with replacement, from the k (k − 1) / 2 there are.
 
-    Pair j of row i is a function of (seed, i, j) and k alone: splitmix64's mixing of a counter, in integers. So every
+    Pair j of row i is a function of (seed, first_row + i, j) and k alone: splitmix64's mixing of a counter, in integers. So every
     device draws the same pairs, whatever ``num_rows`` and ``num_mixed``, and no generator's state is read or changed.
     A pair's probability is off by less than 2⁻³² at most, from the multiplication that maps 32 bits onto the pairs.
 
@@ -35,6 +39,7 @@ def random_pairs(
         k: how many vectors there are to choose from, 2 to 65536.
         seed: any integer; taken modulo 2⁶⁴.
         device: where the pairs are made; default: PyTorch's default device.
+        first_row: ≥ 0; for a part of a larger batch, which row of it the first one is.
 
     Returns:
         (num_rows, num_mixed, 2) int64.
@@ -42,15 +47,33 @@ def random_pairs(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    for name, value in (("num_rows", num_rows), ("num_mixed", num_mixed), ("k", k), ("seed", seed)):
+    numbers = {"num_rows": num_rows, "num_mixed": num_mixed, "k": k, "seed": seed, "first_row": first_row}
+    for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             raise TypeError(f"{name}: expected an integer, got {value!r} ({type(value).__name__})")
     if not 2 <= k <= LARGEST_K:
         raise ValueError(f"k: expected 2 to {LARGEST_K} vectors, of which two are mixed, got {k}")
-    for name, value in (("num_rows", num_rows), ("num_mixed", num_mixed)):
-        if value < 0:
+    for name in ("num_rows", "num_mixed", "first_row"):
+        if (value := numbers[name]) < 0:
             raise ValueError(f"{name}: expected at least 0, got {value}")
-    row = torch.arange(num_rows, dtype=torch.int64, device=device)
+    if _runs_in_cpp(device, *numbers.values()):
+        return torch.ops.hicl_fast_cpp.random_pairs(num_rows, num_mixed, k, _signed(seed % _WORD), first_row)
+    return _random_pairs(num_rows, num_mixed, k, seed, device, first_row)
+
+
+def _runs_in_cpp(device: torch.device | str | None, *numbers: int | torch.SymInt) -> bool:
+    """One pass of csrc/cpu/pairs.cpp, where it is there and nothing is traced."""
+    is_traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if is_traced or not all(isinstance(number, int) for number in numbers):
+        return False
+    device = torch.get_default_device() if device is None else torch.device(device)
+    return device.type == "cpu" and registry.is_available("cpp")
+
+
+def _random_pairs(
+    num_rows: int, num_mixed: int, k: int, seed: int, device: torch.device | str | None, first_row: int
+) -> Tensor:  # (num_rows, num_mixed, 2) int64
+    row = first_row + torch.arange(num_rows, dtype=torch.int64, device=device)
     pair = torch.arange(num_mixed, dtype=torch.int64, device=device)
     counter = (row << 32)[:, None] + pair
     random = _shift_right(_mix(counter * _signed(_GOLDEN) + _mixed_seed(seed)), 32)  # 32 bits

@@ -7,6 +7,7 @@ import torch
 
 import hicl_fast.functional as HF
 from hicl_fast import pairs as module
+from hicl_fast.backend import registry
 
 
 @pytest.mark.parametrize("k", [2, 3, 10, 1000, 65536])
@@ -15,6 +16,18 @@ def test_pairs_are_ordered_and_within_range(k: int) -> None:
     assert pairs.shape == (50, 40, 2) and pairs.dtype == torch.int64
     first, second = pairs.unbind(-1)
     assert (0 <= first).all() and (first < second).all() and (second < k).all()
+
+
+@pytest.mark.parametrize("k", [2, 3, 10, 1000, 65535, 65536])
+@pytest.mark.parametrize("seed", [0, -1, 3, (7 << 32) + 5, 1 << 63, (1 << 64) + 3])
+def test_the_compiled_pairs_are_the_same(k: int, seed: int) -> None:
+    if not registry.is_available("cpp"):
+        pytest.skip("the C++ extension is not there")
+    assert module._runs_in_cpp("cpu", 70, 60, k, seed)
+    pairs = HF.random_pairs(70, 60, k, seed)
+    assert torch.equal(pairs, module._random_pairs(70, 60, k, seed, "cpu", 0))
+    part = HF.random_pairs(20, 60, k, seed, first_row=50)
+    assert torch.equal(part, pairs[50:]) and torch.equal(part, module._random_pairs(20, 60, k, seed, "cpu", 50))
 
 
 def test_two_make_one_pair() -> None:

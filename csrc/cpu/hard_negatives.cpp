@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "equal_products.h"
 #include "groups.h"
 #include "matmul.h"
 #include "memory.h"
@@ -20,37 +21,13 @@
 namespace hicl {
 namespace {
 
-// Products of these multiples, all of one width, come out equal in every bit where columns are equal, wherever they lie:
-// a BLAS treats what is left over at the edges of its tiles, and single rows, with code of their own. Its tiles are 12 or
-// 24 doubles wide on some processors.
-constexpr int64_t kRowMultiple = 8;
-template <typename T>
-constexpr int64_t kColumnMultiple = sizeof(T) == 8 ? 192 : 64;
 constexpr int64_t kMaxRows = 1024, kMaxColumns = 4096;
 constexpr int64_t kOperandBytes = 32 << 20;  // of a block's queries, and of a chunk's keys
-
-int64_t rounded_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 template <typename T>
 int64_t operand_rows(int64_t d, int64_t multiple, int64_t most) {
   return std::max(multiple, std::min(most, kOperandBytes / (d * int64_t(sizeof(T)))) / multiple * multiple);
 }
-
-// Columns 0 to M in chunks of one width; the last is moved back to end where the columns end.
-class Chunks {
- public:
-  Chunks(int64_t num_columns, int64_t multiple, int64_t most) : num_columns_(num_columns) {
-    const bool fits = num_columns <= most && (num_columns % multiple == 0 || num_columns < multiple);
-    const int64_t parts = fits ? 1 : std::max<int64_t>(2, (num_columns + most - 1) / most);
-    width_ = rounded_up((num_columns + parts - 1) / parts, multiple);
-  }
-  int64_t width() const { return width_; }
-  int64_t begin(int64_t first) const { return std::max<int64_t>(0, std::min(first, num_columns_ - width_)); }
-  int64_t end(int64_t first) const { return std::min(first + width_, num_columns_); }
-
- private:
-  int64_t num_columns_, width_;
-};
 
 template <typename T>
 Tensor rows_of(Tensor matrix, int64_t first, int64_t count) {
@@ -105,7 +82,9 @@ class Miner {
     const int64_t begin = chunks_.begin(column), end = chunks_.end(column), width = end - begin;
     const Tensor chunk = rows_of<T>(key_, begin, width);
     const UnitRows<T> keys(chunk.const_data_ptr<T>(), width, d_);
-    multiply(rounded_up(count, kRowMultiple), keys);
+    const int64_t rows = rounded_up(count, kRowMultiple);
+    multiply_chunk(Matrix<T>{similarities_, rows, width, row_stride_}, Matrix<T>{unit_query_, rows, d_, d_},
+                   Matrix<const T>{keys.row(0), width, d_, d_}, chunks_.width(), padded_);
     const GroupIndex groups = key_group_ ? GroupIndex(key_group_ + begin, width) : GroupIndex();
     each_row(count, width, [&](int64_t r) {
       T* row = similarities_ + r * row_stride_;
@@ -113,17 +92,6 @@ class Miner {
       leave_out(first + r, row, begin, end, groups);
       best_[r].offer(row + (column - begin), column, end - column);
     });
-  }
-  void multiply(int64_t count, const UnitRows<T>& keys) {
-    const int64_t width = chunks_.width();
-    const T* columns = keys.row(0);
-    if (keys.count() < width) {  // fewer keys than the narrowest chunk
-      padded_.assign(width * d_, T(0));
-      std::copy(columns, columns + keys.count() * d_, padded_.begin());
-      columns = padded_.data();
-    }
-    matmul(Matrix<T>{similarities_, count, width, row_stride_}, Matrix<T>{unit_query_, count, d_, d_},
-           Matrix<const T>{columns, width, d_, d_}.transposed());
   }
   void leave_out(int64_t i, T* row, int64_t begin, int64_t end, const GroupIndex& groups) const {
     constexpr T kNothing = -std::numeric_limits<T>::infinity();
@@ -150,9 +118,7 @@ template <typename T>
 std::tuple<Tensor, Tensor> run(const Tensor& query, const Tensor& key, int64_t k, const OptionalTensor& target,
                                const OptionalTensor& query_group, const OptionalTensor& key_group, bool exclude_target) {
   const int64_t n = query.size(0);
-  Tensor similarity = new_tensor<T>({n, k});
-  Tensor index = torch::stable::empty({n, k}, ScalarType::Long, std::nullopt,
-                                      torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  Tensor similarity = new_tensor<T>({n, k}), index = new_tensor<int64_t>({n, k});
   Miner<T> miner(query, key, k);
   if (exclude_target) miner.exclude_target(data<int64_t>(target));
   miner.exclude_groups(data<int64_t>(query_group), data<int64_t>(key_group));

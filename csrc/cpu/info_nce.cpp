@@ -15,10 +15,13 @@
 #include <limits>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "block_mixing.h"
+#include "equal_products.h"
 #include "groups.h"
 #include "matmul.h"
 #include "memory.h"
@@ -33,6 +36,7 @@ constexpr double kAngleClamp = 1e-7;
 // Rows in a block: the BLAS packs the keys anew for every block, which 1024 rows pay for; less where memory says so.
 constexpr int64_t kMinBlockRows = 64, kMaxBlockRows = 1024;
 constexpr int64_t kBlockBytes = 128 << 20;  // of logits
+constexpr int64_t kMaxChunk = 4096;         // of keys in one product, where hard negatives are chosen
 
 enum class SameGroup : int64_t { kExclude, kNegative, kPositive };
 
@@ -90,6 +94,10 @@ class Sweep {
     segments_.push_back({UnitRows<T>(rows, count, query_.columns), num_similarities_, gradient});
     column_factor_.insert(column_factor_.end(), segments_.back().unit.factors(),
                           segments_.back().unit.factors() + count);
+    for (int64_t j = 0; j < count; ++j) {
+      const T factor = segments_.back().unit.factor(j);
+      logit_factor_.push_back(factor == 0 ? T(1) : factor);  // −inf, where a column is left out, times 0 would be NaN
+    }
     num_similarities_ += count;
   }
   void set_target(const int64_t* target) { target_ = target; }
@@ -101,17 +109,21 @@ class Sweep {
       groups_ = GroupIndex(key_group, segments_[0].unit.count());
     }
   }
+  // Mixtures of each row's hardest keys are further columns, after the extra logits.
+  void set_mixing(const MixingRules& rules) { mixing_rules_ = rules; }
   // One weight for all rows, and one for each where there are any.
   void set_row_weight(double common, const T* each) { common_weight_ = common, row_weight_ = each; }
 
   void run() {
     const int64_t n = query_.rows, block = block_rows();
-    num_columns_ = num_similarities_ + num_extra_;
+    const int64_t room = rounded_up(block, kRowMultiple);
+    num_columns_ = num_columns();
     column_factor_.resize(num_columns_, T(1));
-    row_stride_ = padded(num_columns_);
-    Workspace workspace(Workspace::bytes_of<T>(block * row_stride_) + Workspace::bytes_of<T>(block * query_.columns));
-    logits_ = workspace.take<T>(block * row_stride_);
-    unit_block_ = workspace.take<T>(block * query_.columns);
+    row_stride_ = row_stride();
+    Workspace workspace(Workspace::bytes_of<T>(room * row_stride_) + Workspace::bytes_of<T>(room * query_.columns));
+    logits_ = workspace.take<T>(room * row_stride_);
+    unit_block_ = workspace.take<T>(room * query_.columns);
+    if (mixing_rules_) mixing_.emplace(*mixing_rules_, query_, segments_[0].unit, block);
     row_factor_.resize(block);
     positive_entry_.resize(block);
     moment_.assign(n, 0.0);
@@ -124,7 +136,11 @@ class Sweep {
         each_row(first, count, [&](int64_t i, T* row) { symmetric_statistics(i, row); });
         column_statistics(count);
       } else {
-        each_row(first, count, [&](int64_t i, T* row) { one_direction(i, i - first, row); });
+        each_range(count, [&](int64_t begin, int64_t end) {
+          std::optional<MixingRow> mixing;
+          if (mixing_) mixing.emplace(*mixing_);
+          for (int64_t r = begin; r < end; ++r) one_direction(first + r, r, logits(r), mixing ? &*mixing : nullptr);
+        });
         if (wanted_.any()) products(first, count);
       }
     }
@@ -134,9 +150,19 @@ class Sweep {
   }
 
  private:
+  using MixingRow = typename BlockMixing<T>::Row;
+
+  int64_t num_columns() const {
+    return num_similarities_ + num_extra_ + (mixing_rules_ ? mixing_rules_->num_mixed : 0);
+  }
+  Chunks key_chunks() const { return {segments_[0].unit.count(), kColumnMultiple<T>, kMaxChunk}; }
+  int64_t row_stride() const {
+    return padded(mixing_rules_ ? std::max(num_columns(), key_chunks().width()) : num_columns());
+  }
   int64_t block_rows() const {
-    const int64_t row_bytes = int64_t(sizeof(T)) * padded(num_similarities_ + num_extra_);
-    return std::min(query_.rows, std::clamp(kBlockBytes / row_bytes, kMinBlockRows, kMaxBlockRows));
+    int64_t most = std::clamp(kBlockBytes / (int64_t(sizeof(T)) * row_stride()), kMinBlockRows, kMaxBlockRows);
+    if (mixing_rules_) most = std::clamp(BlockMixing<T>::most_rows(mixing_rules_->k), kMinBlockRows, most);
+    return std::min(query_.rows, most);
   }
   // An odd number of cache lines: rows a power of two apart fall into the same few lines of the cache.
   static int64_t padded(int64_t columns) {
@@ -149,8 +175,12 @@ class Sweep {
   Matrix<T> unit_block(int64_t count) { return {unit_block_, count, query_.columns, query_.columns}; }
 
   template <typename F>
+  void each_range(int64_t count, F f) {
+    torch::stable::parallel_for(0, count, rows_per_thread(num_columns_), f);
+  }
+  template <typename F>
   void each_row(int64_t first, int64_t count, F f) {
-    torch::stable::parallel_for(0, count, rows_per_thread(num_columns_), [&](int64_t begin, int64_t end) {
+    each_range(count, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) f(first + r, logits(r));
     });
   }
@@ -167,13 +197,27 @@ class Sweep {
     each_block_row(count, [&](int64_t r, T* unit_query) {
       k_.scale(unit_query_.row(first + r), unit_query_.factor(first + r), unit_query, query_.columns);
     });
+    if (mixing_) key_similarities(count);  // wider than the keys where they are few: before the other columns
     for (const Segment<T>& s : segments_) {
-      if (s.unit.count() == 0) continue;
+      if (s.unit.count() == 0 || (mixing_ && s.first == 0)) continue;
       const Matrix<const T> columns{s.unit.row(0), s.unit.count(), query_.columns, query_.columns};
       matmul(Matrix<T>{logits_ + s.first, count, s.unit.count(), row_stride_}, unit_block(count),
              columns.transposed());
     }
     block_first_ = first;
+  }
+
+  // As `hard_negatives` takes them, so that the same keys are chosen.
+  void key_similarities(int64_t count) {
+    const int64_t rows = rounded_up(count, kRowMultiple), d = query_.columns;
+    std::fill(unit_block_ + count * d, unit_block_ + rows * d, T(0));
+    const UnitRows<T>& keys = segments_[0].unit;
+    const Chunks chunks = key_chunks();
+    for (int64_t column = 0; column < keys.count(); column += chunks.width()) {
+      const int64_t begin = chunks.begin(column), end = chunks.end(column);
+      multiply_chunk(Matrix<T>{logits_ + begin, rows, chunks.width(), row_stride_}, unit_block(rows),
+                     Matrix<const T>{keys.row(begin), end - begin, d, d}, chunks.width(), padded_keys_);
+    }
   }
 
   // The positive's dot product is taken once more by itself, so that it is exact whatever the products' precision.
@@ -198,7 +242,7 @@ class Sweep {
     row[positive.column] = kNothing;
     if (query_group_ && rules_.same_group == SameGroup::kExclude)
       for (const int64_t j : groups_.of(query_group_[i])) row[j] = kNothing;
-    return k_.to_logits(row, column_factor_.data(), T(rules_.scale), num_similarities_);
+    return k_.to_logits(row, logit_factor_.data(), T(rules_.scale), num_similarities_);
   }
 
   // The row's own negative and, where several are positives, the others, taken out of the row before the softmax.
@@ -232,7 +276,7 @@ class Sweep {
   }
 
   // One row of the loss in one direction: statistics, and ∂loss/∂(k_j · q̂) in place of the row where wanted.
-  void one_direction(int64_t i, int64_t r, T* row) {
+  void one_direction(int64_t i, int64_t r, T* row, MixingRow* mixing) {
     const Positive positive = find_positive(i);
     const Apart apart = take_apart(i, row, positive);
     T best = mask_and_scale(i, row, positive);
@@ -240,18 +284,26 @@ class Sweep {
     out_.hardest[i] = std::max(T(best / T(rules_.scale)), apart.own_similarity);
 
     best = std::max({best, T(positive.logit), apart.own_logit});
+    T *extra = row + num_similarities_, *mixed = extra + num_extra_;
+    const T query_factor = unit_query_.factor(i);
+    if (mixing) best = std::max(best, mixing->mix(i, query_factor, T(rules_.scale), row, mixed));
     for (const auto& [column, logit] : apart.positives) row[column] = logit, best = std::max(best, logit);
-    T* extra = row + num_similarities_;
     for (int64_t e = 0; e < num_extra_; ++e) {
       extra[e] = extra_[i * num_extra_ + e];
       best = std::max(best, extra[e]);
     }
 
-    T moment = 0;
+    double moment = 0;
     const T* factors = column_factor_.data();
-    const double similar = wanted_.scale
-                               ? k_.exp_in_place_with_moment(row, factors, best, num_similarities_, &moment)
-                               : k_.exp_in_place(row, factors, best, num_similarities_);
+    const auto exponentials = [&](T* from, int64_t count) {
+      if (!wanted_.scale) return k_.exp_in_place(from, factors + (from - row), best, count);
+      T part = 0;
+      const T total = k_.exp_in_place_with_moment(from, factors + (from - row), best, count, &part);
+      moment += double(part);
+      return total;
+    };
+    double similar = exponentials(row, num_similarities_);
+    if (mixing) similar += exponentials(mixed, num_columns_ - num_similarities_ - num_extra_);
     const double beyond = num_extra_ ? double(k_.exp_in_place(extra, factors + num_similarities_, best, num_extra_)) : 0.0;
     const double own = std::exp(double(apart.own_logit) - double(best));
     const double negative_lse = double(best) + std::log(similar + beyond + own);
@@ -268,11 +320,12 @@ class Sweep {
     if (wanted_.scale) {  // Σ_j weight_j (ℓ_j − ℓ_positive), which doesn't cancel where the loss is small
       const double own_term = own > 0 ? own * (double(apart.own_logit) - rules_.hard_negative_weight - positive.logit) : 0;
       const double to_best = double(best) - positive.logit;
-      moment_[i] = factor * (double(moment) + to_best * similar + own_term - positive.logit * beyond) +
+      moment_[i] = factor * (moment + to_best * similar + own_term - positive.logit * beyond) +
                    weight * apart.shift(positive);
     }
     if (first_own_ >= 0) row[first_own_ + i] = T(own) * factors[first_own_ + i];
     for (const auto& [column, logit] : apart.positives) row[column] -= T(share / to_probability) * factors[column];
+    if (mixing) mixing->differentiate(i, r, query_factor, row_factor_[r], mixed, row);
     if (out_.extra_gradient)
       for (int64_t e = 0; e < num_extra_; ++e) out_.extra_gradient[i * num_extra_ + e] = T(factor * extra[e]);
   }
@@ -297,7 +350,9 @@ class Sweep {
     for (const Segment<T>& s : segments_)
       if (s.gradient && s.unit.count())
         matmul(Matrix<T>{s.gradient, s.unit.count(), d, d}, slope(s, count).transposed(), unit_block(count), first > 0);
-    if (wanted_.key) add_positives(first, count, segments_[0].gradient);
+    if (!wanted_.key) return;
+    add_positives(first, count, segments_[0].gradient);
+    if (mixing_) mixing_->add_to(segments_[0].gradient, first, first + count);
   }
   Matrix<T> slope(const Segment<T>& s, int64_t count) {
     return {logits_ + s.first, count, s.unit.count(), row_stride_};
@@ -311,7 +366,7 @@ class Sweep {
       const int64_t i = first + r, j = target(i);
       T* gradient = query_gradient + r * d;
       const double along = double(k_.dot(unit_query, gradient, d)) + positive_entry_[r] * double(out_.positive[i]);
-      const double factor = unit_query_.is_zero(i) ? 0.0 : double(unit_query_.factor(i)) * double(row_factor_[r]);
+      const double factor = double(unit_query_.factor(i)) * double(row_factor_[r]);
       const double radial = unit_query_.has_constant_norm(i) ? 0.0 : -along;
       k_.combine(gradient, T(factor), T(factor * positive_entry_[r]) * keys.factor(j), keys.row(j), T(factor * radial),
                  unit_query, d);
@@ -333,7 +388,7 @@ class Sweep {
 
   void finish_gradients() {
     for (const Segment<T>& s : segments_)
-      if (s.gradient) s.unit.project_all(s.gradient);
+      if (s.gradient) s.unit.project_all(s.gradient, mixing_ && s.first == 0 ? mixing_->kept() : nullptr);
     if (out_.scale_gradient) {
       double total = 0;
       for (const double m : moment_) total += m;
@@ -419,12 +474,15 @@ class Sweep {
   Wanted wanted_;
 
   std::vector<Segment<T>> segments_;  // the first holds the keys
-  std::vector<T> column_factor_;
+  std::vector<T> column_factor_, logit_factor_;
   int64_t num_similarities_ = 0, num_extra_ = 0, num_columns_ = 0, row_stride_ = 0, first_own_ = -1;
   const T *extra_ = nullptr, *row_weight_ = nullptr;
   double common_weight_ = 1;
   const int64_t *target_ = nullptr, *query_group_ = nullptr;
   GroupIndex groups_;
+  std::optional<MixingRules> mixing_rules_;
+  std::optional<BlockMixing<T>> mixing_;
+  std::vector<T> padded_keys_;
 
   T *logits_ = nullptr, *unit_block_ = nullptr;            // (R, row stride), (R, D); in the workspace of `run`
   std::vector<T> row_factor_;                              // (R,) what ∂loss/∂(k_j · q̂) is of the row's entries
@@ -443,13 +501,20 @@ void check_target(const OptionalTensor& target, int64_t num_keys) {
     STD_TORCH_CHECK(t[i] >= 0 && t[i] < num_keys, "target: expected indices of keys, 0 to ", num_keys - 1, ", got ", t[i]);
 }
 
-using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Result =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+struct Mixing {
+  const OptionalTensor& pairs;
+  int64_t k;
+  double alpha;
+};
 
 template <typename T>
 Result run(const Tensor& query, const Tensor& key, const OptionalTensor& target, const OptionalTensor& negatives,
            const OptionalTensor& bank, const OptionalTensor& extra_logits, const OptionalTensor& query_group,
            const OptionalTensor& key_group, const OptionalTensor& loss_grad, double row_weight, const Rules& rules,
-           Wanted wanted) {
+           const Mixing& mixing, Wanted wanted) {
   const int64_t n = query.size(0), m = key.size(0), d = query.size(1), p = count(negatives);
   const int64_t e = extra_logits ? extra_logits->size(1) : 0;
   Tensor loss = new_tensor<T>({n}), negative_lse = new_tensor<T>({n}), positive = new_tensor<T>({n}),
@@ -460,6 +525,7 @@ Result run(const Tensor& query, const Tensor& key, const OptionalTensor& target,
   Tensor query_grad = gradient(wanted.query, n, d), key_grad = gradient(wanted.key, m, d),
          negatives_grad = gradient(wanted.negatives, p, d), extra_grad = gradient(wanted.extra_logits, n, e),
          scale_grad = wanted.scale ? new_tensor<T>({}) : new_tensor<T>({0});
+  Tensor hard_negatives = new_tensor<int64_t>({mixing.pairs ? n : 0, mixing.k});
   const auto pointer = [](bool is_wanted, Tensor& t) { return is_wanted ? data<T>(t) : nullptr; };
 
   Sweep<T> sweep({query.const_data_ptr<T>(), n, d, d}, rules,
@@ -474,22 +540,26 @@ Result run(const Tensor& query, const Tensor& key, const OptionalTensor& target,
   sweep.set_target(data<int64_t>(target));
   sweep.set_extra(data<T>(extra_logits), e);
   sweep.set_groups(data<int64_t>(query_group), data<int64_t>(key_group));
+  if (mixing.pairs)
+    sweep.set_mixing({data<int64_t>(mixing.pairs), data<int64_t>(hard_negatives), mixing.pairs->size(1), mixing.k,
+                      mixing.alpha});
   sweep.set_row_weight(row_weight, data<T>(loss_grad));
   sweep.run();
   return {loss,       negative_lse, column_lse,     positive,   hardest,   total,
-          query_grad, key_grad,     negatives_grad, extra_grad, scale_grad};
+          query_grad, key_grad,     negatives_grad, extra_grad, scale_grad, hard_negatives};
 }
 
 Result info_nce(const Tensor& query, const Tensor& key, const OptionalTensor& target, const OptionalTensor& negatives,
                 const OptionalTensor& bank, const OptionalTensor& extra_logits, const OptionalTensor& query_group,
                 const OptionalTensor& key_group, const OptionalTensor& loss_grad, double row_weight, double scale,
                 double hard_negative_weight,
-                int64_t same_group, double margin, bool symmetric, int64_t wanted) {
+                int64_t same_group, double margin, bool symmetric, const OptionalTensor& mixed_pairs, int64_t k,
+                double alpha, int64_t wanted) {
   check_target(target, key.size(0));
   const Rules rules{scale, hard_negative_weight, SameGroup(same_group), margin, symmetric};
   const auto run_typed = query.scalar_type() == ScalarType::Double ? run<double> : run<float>;
   return run_typed(query, key, target, negatives, bank, extra_logits, query_group, key_group, loss_grad, row_weight, rules,
-                   Wanted(wanted));
+                   {mixed_pairs, k, alpha}, Wanted(wanted));
 }
 
 std::string capability() { return cpu_capability(); }
@@ -500,9 +570,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hicl_fast_cpp, m) {
   m.def(
       "info_nce(Tensor query, Tensor key, Tensor? target, Tensor? negatives, Tensor? bank, Tensor? extra_logits, "
       "Tensor? query_group, Tensor? key_group, Tensor? loss_grad, float row_weight, float scale, float hard_negative_weight, "
-      "int same_group, float margin, bool symmetric, int wanted) -> "
+      "int same_group, float margin, bool symmetric, Tensor? mixed_pairs, int k, float alpha, int wanted) -> "
       "(Tensor loss, Tensor negative_lse, Tensor column_lse, Tensor positive, Tensor hardest, Tensor total, "
-      "Tensor query_grad, Tensor key_grad, Tensor negatives_grad, Tensor extra_logits_grad, Tensor scale_grad)");
+      "Tensor query_grad, Tensor key_grad, Tensor negatives_grad, Tensor extra_logits_grad, Tensor scale_grad, "
+      "Tensor hard_negatives)");
   m.def("capability() -> str");
 }
 STABLE_TORCH_LIBRARY_IMPL(hicl_fast_cpp, CPU, m) { m.impl("info_nce", TORCH_BOX(&info_nce)); }

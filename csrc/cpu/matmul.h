@@ -19,7 +19,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 template <typename T>
-constexpr ScalarType kScalarType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+constexpr ScalarType kScalarType = std::is_same_v<T, int64_t>  ? ScalarType::Long
+                                   : std::is_same_v<T, double> ? ScalarType::Double
+                                                               : ScalarType::Float;
 
 template <typename T>
 struct Matrix {

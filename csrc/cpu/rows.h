@@ -8,10 +8,14 @@ template <typename T>
 struct RowKernels {
   // Σ a_d b_d
   T (*dot)(const T* a, const T* b, int64_t d);
+  // out_t = Σ_d x_d y_td, of `count` rows y_t
+  void (*dots)(const T* x, const T* const* y, int64_t count, T* out, int64_t d);
   // out_d = x_d · factor
   void (*scale)(const T* x, T factor, T* out, int64_t d);
   // y_d += factor · x_d
   void (*add_scaled)(const T* x, T factor, T* y, int64_t d);
+  // y_d += Σ_t factor_t · x_t,from+d, of `count` rows x_t
+  void (*add_rows)(T* y, const T* const* x, const T* factor, int64_t count, int64_t from, int64_t d);
   // gradient_d = g · gradient_d + a · x_d + b · y_d
   void (*combine)(T* gradient, T g, T a, const T* x, T b, const T* y, int64_t d);
   // row_j *= column_scale_j · factor; returns the largest

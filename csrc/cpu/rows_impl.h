@@ -23,6 +23,35 @@ T dot(const T* a, const T* b, int64_t d) {
   return sum<T>(even + odd);
 }
 
+// Several products with one row, which is loaded once for all of them.
+template <int kCount, typename T>
+inline void dots_at_once(const T* x, const T* const* y, T* out, int64_t d) {
+  constexpr int W = kWidth<T>;
+  Vec<T> even[kCount] = {}, odd[kCount] = {};
+  int64_t i = 0;
+  for (; i + 2 * W <= d; i += 2 * W) {
+    const Vec<T> first = load(x + i), second = load(x + i + W);
+    for (int t = 0; t < kCount; ++t) {
+      even[t] += first * load(y[t] + i);
+      odd[t] += second * load(y[t] + i + W);
+    }
+  }
+  for (; i < d; i += W) {
+    const int64_t n = d - i < W ? d - i : W;
+    const Vec<T> first = load_head(x + i, n, T(0));
+    for (int t = 0; t < kCount; ++t) even[t] += first * load_head(y[t] + i, n, T(0));
+  }
+  for (int t = 0; t < kCount; ++t) out[t] = sum<T>(even[t] + odd[t]);
+}
+
+template <typename T>
+void dots(const T* x, const T* const* y, int64_t count, T* out, int64_t d) {
+  int64_t t = 0;
+  for (; t + 4 <= count; t += 4) dots_at_once<4>(x, y + t, out + t, d);
+  if (count - t >= 2) dots_at_once<2>(x, y + t, out + t, d), t += 2;
+  if (t < count) out[t] = dot(x, y[t], d);
+}
+
 // Applies `f` to a row in vectors; the last, partial one is padded with `fill`.
 template <typename T, typename F>
 inline void update(T* row, int64_t n, T fill, F f) {
@@ -44,6 +73,23 @@ void scale(const T* x, T factor, T* out, int64_t d) {
 template <typename T>
 void add_scaled(const T* x, T factor, T* y, int64_t d) {
   update(y, d, T(0), [=](Vec<T> v, int64_t j, int64_t n) { return v + part(x, j, n) * factor; });
+}
+
+// In strips of a few vectors, which stay in registers while all rows are added.
+template <typename T>
+void add_rows(T* y, const T* const* x, const T* factor, int64_t count, int64_t from, int64_t d) {
+  constexpr int W = kWidth<T>, kStrip = 4;
+  int64_t i = 0;
+  for (; i + kStrip * W <= d; i += kStrip * W) {
+    Vec<T> strip[kStrip];
+    for (int s = 0; s < kStrip; ++s) strip[s] = load(y + i + s * W);
+    for (int64_t t = 0; t < count; ++t) {
+      const T* row = x[t] + from + i;
+      for (int s = 0; s < kStrip; ++s) strip[s] += load(row + s * W) * factor[t];
+    }
+    for (int s = 0; s < kStrip; ++s) store(y + i + s * W, strip[s]);
+  }
+  for (int64_t t = 0; t < count; ++t) add_scaled(x[t] + from + i, factor[t], y + i, d - i);
 }
 
 template <typename T>
@@ -131,9 +177,11 @@ T symmetric_weigh(T* row, T row_lse, T row_weight, const T* column_lse, const T*
 
 template <typename T>
 constexpr RowKernels<T> table() {
-  return {dot<T>,       scale<T>,        add_scaled<T>,
-          combine<T>,   to_logits<T>,    exp_in_place<T>, exp_in_place_with_moment<T>,
-          exp_sum<T>,   column_max<T>,   column_exp_sum<T>, symmetric_weigh<T>};
+  return {dot<T>,          dots<T>,      scale<T>,
+          add_scaled<T>,   add_rows<T>,  combine<T>,
+          to_logits<T>,    exp_in_place<T>, exp_in_place_with_moment<T>,
+          exp_sum<T>,      column_max<T>,   column_exp_sum<T>,
+          symmetric_weigh<T>};
 }
 
 }  // namespace

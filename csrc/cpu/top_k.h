@@ -37,7 +37,7 @@ struct Precedes {
 template <typename T>
 class TopK {
  public:
-  explicit TopK(int64_t k) : k_(k), parts_(std::max<int64_t>(kStride, 2 * k)), buffer_(2 * k + kStep) {}
+  explicit TopK(int64_t k) : k_(k), parts_(std::max(kLeastParts, 2 * k)), buffer_(2 * k + kStep) {}
 
   void clear() {
     count_ = 0;
@@ -67,7 +67,7 @@ class TopK {
 
  private:
   static constexpr T kNothing = -std::numeric_limits<T>::infinity();
-  static constexpr int64_t kStride = 64, kStep = 16;
+  static constexpr int64_t kStride = 64, kStep = 16, kLeastParts = 32;
 
   void raise_threshold(const T* row, int64_t n) {
     most_.assign(row, row + parts_);

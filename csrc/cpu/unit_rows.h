@@ -24,33 +24,30 @@ class UnitRows {
     torch::stable::parallel_for(0, n, rows_per_thread(d), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         norm_[i] = std::sqrt(k.dot(row(i), row(i), d));
-        // A zero row's similarities are 0 whatever the factor.
-        factor_[i] = norm_[i] == 0 ? T(1) : norm_[i] < T(kNormFloor) ? T(1 / kNormFloor) : 1 / norm_[i];
+        // A zero row's similarities are 0 whatever its factor; 0 makes its gradients 0 too.
+        factor_[i] = norm_[i] == 0 ? T(0) : norm_[i] < T(kNormFloor) ? T(1 / kNormFloor) : 1 / norm_[i];
       }
     });
   }
 
   int64_t count() const { return int64_t(factor_.size()); }
-  bool is_zero(int64_t i) const { return norm_[i] == 0; }
   bool has_constant_norm(int64_t i) const { return norm_[i] < T(kNormFloor); }
   const T* row(int64_t i) const { return rows_ + i * d_; }
   const T* factors() const { return factor_.data(); }
   T factor(int64_t i) const { return factor_[i]; }
 
   // From `gradient` = ∂L/∂x̂_i · factor_i to ∂L/∂x_i = factor_i (I − x̂ x̂ᵀ) ∂L/∂x̂_i, in place.
-  // A row below the floor is divided by a constant; a zero row has no direction.
-  void project(int64_t i, T* gradient) const {
+  // A row below the floor is divided by a constant. What the loss takes of x_i itself, not of x̂_i, stays as it is:
+  // `kept` is x_i · its gradient, which `gradient` has in it.
+  void project(int64_t i, T* gradient, T kept = 0) const {
+    if (has_constant_norm(i)) return;
     const RowKernels<T>& k = row_kernels<T>();
-    if (is_zero(i)) {
-      std::fill(gradient, gradient + d_, T(0));
-    } else if (!has_constant_norm(i)) {
-      const T along = k.dot(row(i), gradient, d_) * factor_[i] * factor_[i];
-      k.add_scaled(row(i), -along, gradient, d_);
-    }
+    const T along = (k.dot(row(i), gradient, d_) - kept) * factor_[i] * factor_[i];
+    k.add_scaled(row(i), -along, gradient, d_);
   }
-  void project_all(T* gradients) const {
+  void project_all(T* gradients, const T* kept = nullptr) const {
     torch::stable::parallel_for(0, count(), rows_per_thread(d_), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) project(i, gradients + i * d_);
+      for (int64_t i = begin; i < end; ++i) project(i, gradients + i * d_, kept ? kept[i] : T(0));
     });
   }
 

@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from hicl_fast.ops.problem import Gradients, Problem, RowStatistics, Wanted
+from hicl_fast.ops.problem import Gradients, Mixing, Problem, RowStatistics, Wanted
 
+MIXES_WHILE_SWEEPING = True  # `forward` takes a Mixing
 _SAME_GROUP = {"exclude": 0, "negative": 1, "positive": 2}
 
 
-def forward(problem: Problem, row_weight: float, wanted: Wanted) -> tuple[RowStatistics, Gradients]:
-    return _run(problem, row_weight, None, wanted)
+def forward(
+    problem: Problem, row_weight: float, wanted: Wanted, mixing: Mixing | None = None
+) -> tuple[RowStatistics, Gradients]:
+    return _run(problem, row_weight, None, wanted, mixing)
 
 
 def backward(
@@ -26,7 +29,7 @@ def backward(
 
 
 def _run(
-    problem: Problem, row_weight: float, loss_grad: Tensor | None, wanted: Wanted
+    problem: Problem, row_weight: float, loss_grad: Tensor | None, wanted: Wanted, mixing: Mixing | None = None
 ) -> tuple[RowStatistics, Gradients]:
     dtype = problem.dtype
 
@@ -40,7 +43,7 @@ def _run(
 
     # Below autograd: its fallback for operators that have no gradient costs as much as the rest of a small call.
     with _precision(problem), torch._C._AutoDispatchBelowAutograd():
-        loss, negative_lse, column_lse, positive, hardest, total, *gradients = _operator()(
+        loss, negative_lse, column_lse, positive, hardest, total, *gradients, hard_negatives = _operator()(
             ready(problem.query),
             ready(problem.key),
             index(problem.target),
@@ -56,9 +59,11 @@ def _run(
             _SAME_GROUP[problem.same_group],
             problem.margin,
             problem.symmetric,
+            *((None, 0, 0.0) if mixing is None else (mixing.pairs.contiguous(), mixing.k, mixing.alpha)),
             sum(1 << bit for bit, is_wanted in enumerate(wanted) if is_wanted),
         )
-    return RowStatistics(loss, negative_lse, column_lse, positive, hardest, total), Gradients(*gradients)
+    statistics = RowStatistics(loss, negative_lse, column_lse, positive, hardest, hard_negatives, total)
+    return statistics, Gradients(*gradients)
 
 
 @functools.cache

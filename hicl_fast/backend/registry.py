@@ -80,6 +80,10 @@ def backends() -> list[BackendStatus]:
     return [_status(name) for name in NAMES]
 
 
+def is_available(name: str) -> bool:
+    return _status(name).available
+
+
 def implementation(operator: str, name: str) -> Any:
     return getattr(_module(name), operator)
 

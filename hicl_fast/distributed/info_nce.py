@@ -107,7 +107,7 @@ def _with_gathered(
         if query.group is not None and key_group is not None:
             columns_group = torch.cat([key_group, nobody(query.group).expand(len(columns) - len(keys))])
     first = key.shares.first
-    loss, positive, hardest = HF.info_nce_with_statistics(
+    loss, positive, hardest, _ = HF.info_nce_with_statistics(
         query.rows,
         columns,
         target=torch.arange(first, first + len(query.rows), device=keys.device),
@@ -152,7 +152,7 @@ def _with_ring(
         backend=backend,
         **groups,
     )
-    loss, positive, hardest = HF.info_nce_with_statistics(
+    loss, positive, hardest, _ = HF.info_nce_with_statistics(
         query.rows,
         key.rows,
         temperature=temperature,

@@ -125,7 +125,7 @@ class FusedHiCLLoss(nn.Module):
         pooled, pooled_positive = self._pool(segments, segments_positive, offsets, lengths)
         global_loss = self.global_loss(pooled, pooled_positive)
         sequence = sequence_index(offsets, segments.shape[0])
-        local_loss, _, _ = HF.info_nce_with_statistics(
+        local_loss = HF.info_nce(
             segments,
             segments_positive,
             temperature=self.temperature,

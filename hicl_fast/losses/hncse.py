@@ -23,11 +23,18 @@ class Groups(NamedTuple):
     key: Tensor  # (M,) int64
 
 
+class Mixtures(NamedTuple):
+    """Mixtures as further columns of a softmax: the two arguments of ``info_nce`` that can bring them."""
+
+    mixing: HF.Mixing | None = None  # of the keys: chosen and mixed while the loss goes through its similarities
+    extra_logits: Tensor | None = None  # (N, m), of previous batches' keys
+
+
 @dataclass(frozen=True)
 class Mixed:
     """What the last call mixed: enough to compute the same logits again."""
 
-    bank: Tensor  # (B, D), or (M, D) with bank="batch"
+    bank: Tensor | None  # (B, D); None: the keys
     index: Tensor  # (N, k) int64, rows of the bank
     pairs: Tensor  # (N, m, 2) int64, places in index
 
@@ -51,10 +58,11 @@ class HardNegativeMixing(nn.Module):
         queue_size: rows of previous batches that are kept, with ``bank="previous"``. While there are fewer than k, all
             of them are mixed; while there are fewer than two, nothing is.
         seed: of the pairs; default: PyTorch's initial seed.
-        backend: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
+        backend: with ``bank="previous"``: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``. The batch's own keys are
+            mixed by the loss's backend.
 
     Attributes:
-        mixed: what the last call mixed, or ``None``.
+        mixed: what the last call of the loss mixed, or ``None``.
     """
 
     step: Tensor  # () int64, on the CPU: calls so far
@@ -87,41 +95,45 @@ class HardNegativeMixing(nn.Module):
 
     def forward(
         self, query: Tensor, key: Tensor, temperature: float | Tensor, groups: Groups | None = None
-    ) -> Tensor | None:
-        """Logits (N, m) of the mixtures for ``query`` (N, D) and ``key`` (M, D), key i being query i's positive.
+    ) -> Mixtures:
+        """The mixtures for ``query`` (N, D) and ``key`` (M, D), key i being query i's positive.
 
-        ``None`` where there is nothing to mix: fewer than two negatives, with ``k="auto"`` or ``bank="previous"``.
-
-        Raises:
-            ValueError: a row has fewer negatives than k.
+        Empty where there is nothing to mix: fewer than two negatives, with ``k="auto"`` or ``bank="previous"``.
         """
-        bank = key if self.queue is None else self.queue.rows()
-        k = 0 if bank is None else self._k(query, bank, groups)
         self.mixed = None
-        logits = None
-        if bank is not None and k >= 2:
-            index = self._hard_negatives(query, bank, k, groups)
-            pairs = HF.random_pairs(len(query), self.num_mixed, k, self._step_seed(), query.device)
-            self.mixed = Mixed(bank.detach(), index, pairs)
-            logits = HF.mixed_negative_logits(
-                query, bank, index, pairs, alpha=self.alpha, temperature=temperature, backend=self.backend
-            )
+        mix = self._of_keys if self.queue is None else self._of_previous_batches
+        mixtures = mix(query, key, temperature, groups)
         if self.training:
             self.step = self.step + 1
             if self.queue is not None:
                 self.queue.push(key)
-        return logits
+        return mixtures
 
-    def _hard_negatives(self, query: Tensor, bank: Tensor, k: int, groups: Groups | None) -> Tensor:
-        if self.queue is not None:
-            return HF.hard_negatives(query, bank, k, exclude_target=False, backend=self.backend)[1]
-        query_group, key_group = (None, None) if groups is None else groups
-        return HF.hard_negatives(query, bank, k, query_group=query_group, key_group=key_group, backend=self.backend)[1]
+    def remember(self, mixtures: Mixtures, hard_negatives: Tensor | None) -> None:
+        """Set ``mixed`` once the loss has chosen ``hard_negatives`` (N, k) int64 among the keys."""
+        if mixtures.mixing is not None and hard_negatives is not None:
+            self.mixed = Mixed(None, hard_negatives, mixtures.mixing.pairs)
 
-    def _k(self, query: Tensor, bank: Tensor, groups: Groups | None) -> int:
-        if self.queue is not None:
-            return min(LARGEST_AUTO_K if self.k == "auto" else int(self.k), len(bank))
-        return min(LARGEST_AUTO_K, fewest_candidates(query, bank, groups)) if self.k == "auto" else int(self.k)
+    def _of_keys(self, query: Tensor, key: Tensor, temperature: float | Tensor, groups: Groups | None) -> Mixtures:
+        k = min(LARGEST_AUTO_K, fewest_candidates(query, key, groups)) if self.k == "auto" else int(self.k)
+        return Mixtures(mixing=HF.Mixing(k, self._pairs(query, k), self.alpha)) if k >= 2 else Mixtures()
+
+    def _of_previous_batches(
+        self, query: Tensor, key: Tensor, temperature: float | Tensor, groups: Groups | None
+    ) -> Mixtures:
+        bank = None if self.queue is None else self.queue.rows()
+        if bank is None or len(bank) < 2:
+            return Mixtures()
+        k = min(LARGEST_AUTO_K if self.k == "auto" else int(self.k), len(bank))
+        _, index = HF.hard_negatives(query, bank, k, exclude_target=False, backend=self.backend)
+        self.mixed = Mixed(bank.detach(), index, self._pairs(query, k))
+        logits = HF.mixed_negative_logits(
+            query, bank, index, self.mixed.pairs, alpha=self.alpha, temperature=temperature, backend=self.backend
+        )
+        return Mixtures(extra_logits=logits)
+
+    def _pairs(self, query: Tensor, k: int) -> Tensor:
+        return HF.random_pairs(len(query), self.num_mixed, k, self._step_seed(), query.device)
 
     def _step_seed(self) -> int:
         return self.seed + (int(self.step) << 32)

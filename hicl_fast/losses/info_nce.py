@@ -11,7 +11,7 @@ from hicl_fast import functional as HF
 from hicl_fast.distributed import Gather, Ranks, Shares, agree, attempt, check_gather, joined_means, ranks_of
 from hicl_fast.distributed.gathering import describe_rows
 from hicl_fast.distributed.info_nce import Part, joined_info_nce
-from hicl_fast.losses.hncse import Groups, HardNegativeMixing, PositiveMixing
+from hicl_fast.losses.hncse import Groups, HardNegativeMixing, Mixtures, PositiveMixing
 from hicl_fast.losses.queue import NegativeQueue
 from hicl_fast.losses.temperature import Temperature
 from hicl_fast.reference.info_nce import Reduction, SameGroup
@@ -141,17 +141,18 @@ class FusedInfoNCELoss(nn.Module):
             groups = Groups(query_group, key_group)
         if self.positive_mixing is not None:
             key = self.positive_mixing(query, key, groups)
-        extra_logits = None
+        mixtures = Mixtures()
         if self.hard_negative_mixing is not None:
-            extra_logits = self.hard_negative_mixing(query, key, temperature, groups)
-        loss, positive, hardest = HF.info_nce_with_statistics(
+            mixtures = self.hard_negative_mixing(query, key, temperature, groups)
+        result = HF.info_nce_with_statistics(
             query,
             key,
             temperature=temperature,
             negatives=negatives,
             hard_negative_weight=self.hard_negative_weight if negatives is not None else 0.0,
             bank=self.queue.rows() if use_queue and self.queue is not None else None,
-            extra_logits=extra_logits,
+            extra_logits=mixtures.extra_logits,
+            mixing=mixtures.mixing,
             query_group=query_group,
             key_group=key_group,
             same_group=self.same_group,
@@ -163,8 +164,10 @@ class FusedInfoNCELoss(nn.Module):
         )
         if use_queue and self.queue is not None:
             self.queue.push(key)
-        self._rows = (loss.detach(), positive, hardest)
-        return loss
+        if self.hard_negative_mixing is not None:
+            self.hard_negative_mixing.remember(mixtures, result.hard_negatives)
+        self._rows = (result.loss.detach(), result.positive, result.hardest)
+        return result.loss
 
     @torch.compiler.disable
     def _forward_joined(

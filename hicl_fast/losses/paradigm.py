@@ -103,7 +103,7 @@ class GradientParadigmLoss(nn.Module):
         Returns:
             A scalar; float32, or float64 where an input is float64.
         """
-        loss, positive, hardest = HF.paradigm_with_statistics(
+        loss, positive, hardest, _ = HF.paradigm_with_statistics(
             u,
             v,
             self.objective,

@@ -43,7 +43,7 @@ def _check_target(target: Tensor | None, num_keys: int) -> None:
         )
 
 
-def _check_found(index: Tensor, k: int) -> None:
+def check_found(index: Tensor, k: int) -> None:
     """A row with too few candidates shows in its last place; a device is not asked."""
     if index.device.type != "cpu" or not index.numel() or int(index[:, -1].min()) >= 0:
         return
@@ -70,7 +70,7 @@ def _run(
         similarity, index = registry.implementation("hard_negatives", backend).forward(
             query, key, k, target, query_group, key_group, exclude_target
         )
-    _check_found(index, k)
+    check_found(index, k)
     return similarity, index
 
 

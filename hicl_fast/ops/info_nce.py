@@ -20,8 +20,9 @@ from torch import Tensor
 
 from hicl_fast.backend import registry
 from hicl_fast.backend.features import features
+from hicl_fast.ops import hard_negatives, mixed_negatives
 from hicl_fast.ops.autograd import once_differentiable, runs_eagerly, without_autocast
-from hicl_fast.ops.problem import DIFFERENTIABLE, NOTHING, Gradients, Problem, RowStatistics, Wanted
+from hicl_fast.ops.problem import DIFFERENTIABLE, NOTHING, Gradients, Mixing, Problem, RowStatistics, Wanted
 
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor scale, Tensor? target, Tensor? negatives, Tensor? bank, Tensor? extra_logits, "
@@ -46,8 +47,18 @@ _library.define(
 )
 
 
-def apply(problem: Problem, reduction: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (reduced), and the similarities of each row's positive and hardest negative, (N,) each, detached."""
+class Result(NamedTuple):
+    """What a call gives; all but the loss is detached."""
+
+    loss: Tensor  # (), or (N,) with reduction="none"
+    positive: Tensor  # (N,) similarity of each row's positive
+    hardest: Tensor  # (N,) and of its hardest negative; −inf where there is none
+    hard_negatives: Tensor | None = None  # (N, k) int64, the keys that were mixed
+
+
+def apply(problem: Problem, reduction: str, backend: str, mixing: Mixing | None = None) -> Result:
+    if mixing is not None:
+        return _apply_mixing(problem, reduction, backend, mixing)
     if problem.symmetric and not _one_sweep_covers_both_directions(problem):
         return _average_of_directions(problem, reduction, backend)
     backend = registry.choose(backend, "info_nce", problem.query.device.type, problem.dtype, features(problem))
@@ -56,20 +67,40 @@ def apply(problem: Problem, reduction: str, backend: str) -> tuple[Tensor, Tenso
     if not runs_eagerly(*inputs):
         return _apply_traced(problem, reduction, wanted, backend)
     if reduction == "none":
-        loss, positive, hardest, *_ = _Rows.apply(problem, backend, *inputs)
-    elif any(wanted):
-        loss, positive, hardest = _Mean.apply(problem, reduction, wanted, backend, *inputs)
-    else:
-        loss, positive, hardest, *_ = _sweep(problem, reduction, wanted, backend)
-    return loss, positive, hardest
+        return Result(*_Rows.apply(problem, backend, *inputs)[:3])
+    return _apply_mean(problem, reduction, wanted, backend)
 
 
-def _apply_traced(problem: Problem, reduction: str, wanted: Wanted, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _apply_mean(problem: Problem, reduction: str, wanted: Wanted, backend: str, mixing: Mixing | None = None) -> Result:
+    if any(wanted):
+        return Result(*_Mean.apply(problem, mixing, reduction, wanted, backend, *problem.differentiable()))
+    return Result(*_sweep(problem, reduction, wanted, backend, mixing)[0])
+
+
+def _apply_traced(problem: Problem, reduction: str, wanted: Wanted, backend: str) -> Result:
     if reduction == "none":
         outputs = torch.ops.hicl_fast.info_nce_rows(*_flat(problem), backend)
     else:
         outputs = torch.ops.hicl_fast.info_nce_mean(*_flat(problem), reduction, list(wanted), backend)
-    return outputs[0], outputs[1], outputs[2]
+    return Result(*outputs[:3])
+
+
+def _apply_mixing(problem: Problem, reduction: str, backend: str, mixing: Mixing) -> Result:
+    """In the sweep over the similarities where the backend does that; else hard negatives and mixtures come first."""
+    chosen = registry.choose(backend, "info_nce", problem.query.device.type, problem.dtype, features(problem))
+    in_sweep = getattr(registry.implementation("info_nce", chosen), "MIXES_WHILE_SWEEPING", False)
+    inputs = problem.differentiable()
+    if in_sweep and reduction != "none" and runs_eagerly(*inputs, mixing.pairs):
+        mixed_negatives.check_indices("pairs", mixing.pairs, mixing.k, "places among the k")
+        return _apply_mean(problem, reduction, _wanted(inputs), chosen, mixing)
+
+    groups = (None, None) if problem.same_group == "negative" else (problem.query_group, problem.key_group)
+    query, key = problem.query, problem.key
+    _, index = hard_negatives.apply(query, key, mixing.k, problem.target, *groups, True, backend)
+    logits = mixed_negatives.apply(query, key, index, mixing.pairs, mixing.alpha, problem.scale, backend)
+    if problem.extra_logits is not None:
+        logits = torch.cat([problem.extra_logits.to(logits.dtype), logits], dim=1)
+    return apply(replace(problem, extra_logits=logits), reduction, backend)._replace(hard_negatives=index)
 
 
 def _one_sweep_covers_both_directions(problem: Problem) -> bool:
@@ -78,7 +109,7 @@ def _one_sweep_covers_both_directions(problem: Problem) -> bool:
     return only_keys and problem.same_group != "positive"
 
 
-def _average_of_directions(problem: Problem, reduction: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _average_of_directions(problem: Problem, reduction: str, backend: str) -> Result:
     forward = replace(problem, symmetric=False)
     exchanged = replace(
         forward,
@@ -87,9 +118,8 @@ def _average_of_directions(problem: Problem, reduction: str, backend: str) -> tu
         query_group=problem.key_group,
         key_group=problem.query_group,
     )
-    row_loss, positive, hardest = apply(forward, reduction, backend)
-    column_loss, _, _ = apply(exchanged, reduction, backend)
-    return (row_loss + column_loss) / 2, positive, hardest
+    rows, columns = apply(forward, reduction, backend), apply(exchanged, reduction, backend)
+    return rows._replace(loss=(rows.loss + columns.loss) / 2)
 
 
 def _wanted(inputs: tuple[Tensor | None, ...]) -> Wanted:
@@ -105,13 +135,20 @@ def _flat(problem: Problem) -> list[Any]:
 # --- what the operators do -------------------------------------------------------------------------------------------
 
 
-def _sweep(problem: Problem, reduction: str, wanted: Wanted, backend: str) -> tuple[Tensor, ...]:
+def _sweep(
+    problem: Problem, reduction: str, wanted: Wanted, backend: str, mixing: Mixing | None = None
+) -> tuple[Result, Gradients]:
     problem.check_values()
     row_weight = 1.0 / problem.query.shape[0] if reduction == "mean" else 1.0
+    forward = registry.implementation("info_nce", backend).forward
     with without_autocast(problem.query.device.type):
-        statistics, gradients = registry.implementation("info_nce", backend).forward(problem, row_weight, wanted)
+        options = (problem, row_weight, wanted)
+        statistics, gradients = forward(*options) if mixing is None else forward(*options, mixing)
         loss = statistics.loss.sum() * row_weight if statistics.total is None else statistics.total
-    return loss, statistics.positive, statistics.hardest, *gradients
+    if mixing is None:
+        return Result(loss, statistics.positive, statistics.hardest), gradients
+    hard_negatives.check_found(statistics.hard_negatives, mixing.k)
+    return Result(loss, statistics.positive, statistics.hardest, statistics.hard_negatives), gradients
 
 
 def _sweep_rows(problem: Problem, backend: str) -> tuple[Tensor, ...]:
@@ -136,7 +173,8 @@ def _distinct(outputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
 
 def _run_mean(*args: Any) -> tuple[Tensor, ...]:
     *flat, reduction, wanted, backend = args
-    return _distinct(_sweep(Problem(*flat), reduction, Wanted(*wanted), backend))
+    result, gradients = _sweep(Problem(*flat), reduction, Wanted(*wanted), backend)
+    return _distinct((*result[:3], *gradients))
 
 
 def _run_rows(*args: Any) -> tuple[Tensor, ...]:
@@ -286,17 +324,23 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, problem: Problem, reduction: str, wanted: Wanted, backend: str, *inputs: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        loss, positive, hardest, *gradients = _sweep(problem, reduction, wanted, backend)
+        ctx: Any,
+        problem: Problem,
+        mixing: Mixing | None,
+        reduction: str,
+        wanted: Wanted,
+        backend: str,
+        *inputs: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        result, gradients = _sweep(problem, reduction, wanted, backend, mixing)
         _save_gradients(ctx, inputs, wanted, gradients)
-        ctx.mark_non_differentiable(positive, hardest)
-        return loss, positive, hardest
+        ctx.mark_non_differentiable(*(x for x in result[1:] if x is not None))
+        return tuple(result)
 
     @staticmethod
     @once_differentiable("info_nce")
     def backward(ctx: Any, loss_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        return (None, None, None, None, *_saved_gradients(ctx, loss_grad))
+        return (*[None] * 5, *_saved_gradients(ctx, loss_grad))
 
 
 class _Rows(torch.autograd.Function):

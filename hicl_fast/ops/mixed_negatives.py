@@ -49,25 +49,20 @@ def _check_scale(scale: Tensor) -> None:
         raise ValueError(f"temperature: expected a number above 0, got {1.0 / value if value else 0.0!r}")
 
 
-def _check_values(bank: Tensor, index: Tensor, pairs: Tensor) -> None:
+def check_indices(name: str, value: Tensor, end: int, what: str) -> None:
     """Indices out of range would read other memory; checked where they are in host memory."""
-    if index.device.type != "cpu":
+    if value.device.type != "cpu" or value.numel() == 0:
         return
-    for name, value, end, what in (
-        ("index", index, bank.shape[0], "rows of bank"),
-        ("pairs", pairs, index.shape[1], "columns of index"),
-    ):
-        if value.numel() == 0:
-            continue
-        low, high = (int(bound) for bound in torch.aminmax(value))
-        if low < 0 or high >= end:
-            raise ValueError(f"{name}: expected {what}, 0 to {end - 1}, got values from {low} to {high}")
+    low, high = (int(bound) for bound in torch.aminmax(value))
+    if low < 0 or high >= end:
+        raise ValueError(f"{name}: expected {what}, 0 to {end - 1}, got values from {low} to {high}")
 
 
 def _run(
     query: Tensor, bank: Tensor, index: Tensor, pairs: Tensor, alpha: float, backend: str
 ) -> tuple[Tensor, Tensor]:  # (N, m) each
-    _check_values(bank, index, pairs)
+    check_indices("index", index, bank.shape[0], "rows of bank")
+    check_indices("pairs", pairs, index.shape[1], "columns of index")
     with without_autocast(query.device.type):
         return registry.implementation("mixed_negatives", backend).forward(query, bank, index, pairs, alpha)
 

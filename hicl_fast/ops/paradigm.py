@@ -30,8 +30,8 @@ def apply(
     v: Tensor,  # (N, D)
     settings: Settings,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and detached the similarities of positives (N,) and of hardest negatives, (N,) or empty."""
+) -> info_nce.Result:
+    """``hardest`` is (N,) or, where the objective looks at no single pair, empty."""
     if settings.objective in ("info_nce", "arccon"):
         return info_nce.apply(_as_info_nce(u, v, settings), "mean", backend)
     backend = registry.choose(backend, "paradigm", u.device.type, sum_type(u, v))
@@ -42,10 +42,10 @@ def apply(
                 "objective: expected parts by name or number under torch.compile and torch.export, got a callable"
             )
         outputs = torch.ops.hicl_fast.paradigm(u, v, *settings.flat(), wants_gradients, backend)
-        return outputs[0], outputs[1], outputs[2]
+        return info_nce.Result(*outputs[:3])
     if wants_gradients:
-        return _Paradigm.apply(u, v, settings, backend)
-    return _run(u, v, settings, False, backend)[:3]
+        return info_nce.Result(*_Paradigm.apply(u, v, settings, backend))
+    return info_nce.Result(*_run(u, v, settings, False, backend)[:3])
 
 
 def _as_info_nce(u: Tensor, v: Tensor, settings: Settings) -> Problem:

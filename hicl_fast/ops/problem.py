@@ -16,6 +16,7 @@ __all__ = [
     "NORM_FLOOR",
     "NOTHING",
     "Gradients",
+    "Mixing",
     "Problem",
     "RowStatistics",
     "Wanted",
@@ -52,6 +53,20 @@ class Gradients(NamedTuple):
     scale: Tensor  # ()
 
 
+class Mixing(NamedTuple):
+    """Mixtures of each row's hard negatives among the keys, as further columns of that row (HNCSE, arXiv 2411.12156).
+
+    Args:
+        k: how many of a row's most similar keys, beside its positive and its group, are mixed.
+        pairs: (N, m, 2) int64, which two of the k each mixture is of, from 0; for example of :func:`random_pairs`.
+        alpha: the first one's share.
+    """
+
+    k: int
+    pairs: Tensor
+    alpha: float = 0.5
+
+
 class RowStatistics(NamedTuple):
     """What one sweep over the similarities leaves behind for each row."""
 
@@ -60,6 +75,7 @@ class RowStatistics(NamedTuple):
     column_lse: Tensor  # (M,) the same for the column loss; empty unless the loss is symmetric
     positive: Tensor  # (N,) similarity of the positive, before any margin
     hardest: Tensor  # (N,) largest similarity among the negatives; −inf where there is none
+    hard_negatives: Tensor | None = None  # (N, k) int64, with Mixing: the keys that were mixed
     total: Tensor | None = None  # () row_weight · Σ loss, where the backend has it at hand
 
 

@@ -54,7 +54,7 @@ def reference_info_nce(loss: FusedInfoNCELoss, query: Tensor, key: Tensor, **opt
         mixed = negatives.mixed
         options["extra_logits"] = reference.mixed_negative_logits(
             query,
-            key if negatives.queue is None else mixed.bank.to(query.dtype),
+            key if mixed.bank is None else mixed.bank.to(query.dtype),
             mixed.index,
             mixed.pairs,
             alpha=negatives.alpha,

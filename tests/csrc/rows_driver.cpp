@@ -9,6 +9,16 @@ extern "C" {
 REAL dot(const REAL* a, const REAL* b, int64_t d) { return k.dot(a, b, d); }
 void scale(const REAL* x, REAL factor, REAL* out, int64_t d) { k.scale(x, factor, out, d); }
 void add_scaled(const REAL* x, REAL factor, REAL* y, int64_t d) { k.add_scaled(x, factor, y, d); }
+void dots(const REAL* x, const REAL* y, int64_t count, REAL* out, int64_t d) {
+  const REAL* rows[8];
+  for (int64_t t = 0; t < count; ++t) rows[t] = y + t * d;
+  k.dots(x, rows, count, out, d);
+}
+void add_rows(REAL* y, const REAL* x, const REAL* factor, int64_t count, int64_t from, int64_t d) {
+  const REAL* rows[8];
+  for (int64_t t = 0; t < count; ++t) rows[t] = x + t * (from + d);
+  k.add_rows(y, rows, factor, count, from, d);
+}
 void combine(REAL* gradient, REAL g, REAL a, const REAL* x, REAL b, const REAL* y, int64_t d) {
   k.combine(gradient, g, a, x, b, y, d);
 }

@@ -75,6 +75,19 @@ def test_linear(rows: Rows, n: int) -> None:
 
 
 @pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 7])
+def test_several_rows_at_once(rows: Rows, count: int, n: int) -> None:
+    x, y, out = draw(rows, n), draw(rows, 7 * n).reshape(7, n), np.full(7, 9, rows.dtype)
+    rows("dots", x, y, count, out, n)
+    near(rows, out[:count], y[:count].astype(float) @ x.astype(float), size=n)
+    assert (out[count:] == 9).all()
+    skipped, factor = 2, draw(rows, 7)
+    wide, total = draw(rows, 7 * (n + skipped)).reshape(7, n + skipped), x.copy()
+    rows("add_rows", total, wide, factor, count, skipped, n)
+    near(rows, total, x + factor[:count].astype(float) @ wide[:count, skipped:], size=10 * (1 + count))
+
+
+@pytest.mark.parametrize("n", LENGTHS)
 def test_softmax(rows: Rows, n: int) -> None:
     raw, factors = draw(rows, n), np.abs(draw(rows, n)) + rows.dtype(0.5)
     row = raw.copy()

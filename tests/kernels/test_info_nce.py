@@ -274,8 +274,8 @@ def test_statistics_for_logging() -> None:
     for options in ({}, {"query_group": groups, "key_group": groups}, {"temperature": 0.01}):
         for grad in (False, True):
             leaves = {name: x.clone().requires_grad_(grad) for name, x in tensors.items()}
-            _, positive, hardest = functional.info_nce_with_statistics(**leaves, **options, backend="triton")
-            _, expected, expected_hardest = functional.info_nce_with_statistics(**leaves, **options, backend="torch")
+            _, positive, hardest, _ = functional.info_nce_with_statistics(**leaves, **options, backend="triton")
+            _, expected, expected_hardest, _ = functional.info_nce_with_statistics(**leaves, **options, backend="torch")
             torch.testing.assert_close(positive, expected, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(hardest, expected_hardest, rtol=1e-5, atol=1e-6)
 

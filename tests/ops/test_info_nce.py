@@ -175,7 +175,7 @@ def test_nan_and_inf_show(backend: str, bad: float) -> None:
 def test_rows_without_negatives(backend: str) -> None:
     group = torch.zeros(4, dtype=torch.int64)
     inputs = draw(4, 4, 3)
-    loss, positive, hardest = HF.info_nce_with_statistics(
+    loss, positive, hardest, _ = HF.info_nce_with_statistics(
         inputs["query"].requires_grad_(), inputs["key"], query_group=group, key_group=group, backend=backend
     )
     loss.backward()
@@ -185,7 +185,7 @@ def test_rows_without_negatives(backend: str) -> None:
 
 def test_statistics(backend: str) -> None:
     inputs = draw(7, 9, 6)
-    _, positive, hardest = HF.info_nce_with_statistics(**inputs, backend=backend)
+    _, positive, hardest, _ = HF.info_nce_with_statistics(**inputs, backend=backend)
     similarity = F.normalize(inputs["query"]) @ F.normalize(inputs["key"]).T
     torch.testing.assert_close(positive, similarity.diagonal())
     torch.testing.assert_close(hardest, similarity.fill_diagonal_(-2).amax(1))
