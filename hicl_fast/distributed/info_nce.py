@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,10 @@ from hicl_fast.distributed.gathering import gather_labels, gather_rows
 from hicl_fast.distributed.ranks import Gather, Ranks
 from hicl_fast.distributed.ring import foreign_log_sum_exp
 from hicl_fast.reference.info_nce import Reduction
+
+# From the keys of all ranks, their groups and the place of the first own one among them: the keys to score, and further
+# options of info_nce.
+Mix = Callable[[Tensor, Tensor | None, int], tuple[Tensor, dict[str, Any]]]
 
 
 class Part(NamedTuple):
@@ -28,7 +33,8 @@ class JoinedLoss(NamedTuple):
     loss: Tensor  # () or (N,)
     positive: Tensor  # (N,) similarity of each own row's positive
     hardest: Tensor  # (N,) of its hardest negative; −inf where there is none
-    keys: Tensor | None  # (M₀ + M₁ + …, D), where they were gathered
+    keys: Tensor | None = None  # (M₀ + M₁ + …, D), where they were gathered
+    hard_negatives: Tensor | None = None  # (N, k) int64, the keys that were mixed
 
 
 def joined_info_nce(
@@ -40,6 +46,7 @@ def joined_info_nce(
     gather: Gather = True,
     symmetric: bool = False,
     reduction: Reduction = "mean",
+    mix: Mix | None = None,
     **options: Any,
 ) -> JoinedLoss:
     """:func:`hicl_fast.functional.info_nce` of the joined batch, as far as it is this rank's to compute.
@@ -56,16 +63,20 @@ def joined_info_nce(
         gather: ``True`` gathers keys and negatives; ``"ring"`` lets them travel, and no rank holds all of them.
         symmetric: average with the loss of queries and keys exchanged, for which the queries are exchanged too.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        mix: HNCSE's mixing, with ``gather=True`` and without ``symmetric``.
         options: of :func:`hicl_fast.functional.info_nce`. Bank and extra logits are this rank's own.
     """
     score = _with_ring if gather == "ring" else _with_gathered
     if negatives is not None and gather is True:
         options["gathered_negatives"] = gather_rows(negatives.rows, negatives.shares, ranks)
-    loss, positive, hardest, keys = score(query, key, negatives, ranks, reduction=reduction, **options)
+    if mix is not None:
+        options["mix"] = mix
+    result = score(query, key, negatives, ranks, reduction=reduction, **options)
     if symmetric:
-        loss = (loss + score(key, query, negatives, ranks, reduction=reduction, **options).loss) / 2
+        columns = score(key, query, negatives, ranks, reduction=reduction, **options)
+        result = result._replace(loss=(result.loss + columns.loss) / 2)
     weight = _weight(query.shares, ranks, reduction)
-    return JoinedLoss(loss if weight == 1.0 else loss * weight, positive, hardest, keys)
+    return result if weight == 1.0 else result._replace(loss=result.loss * weight)
 
 
 def joined_means(loss: JoinedLoss, shares: Shares, ranks: Ranks) -> dict[str, Tensor]:
@@ -95,10 +106,15 @@ def _with_gathered(
     *,
     gathered_negatives: Tensor | None = None,
     hard_negative_weight: float = 0.0,
+    mix: Mix | None = None,
     **options: Any,
 ) -> JoinedLoss:
     keys = gather_rows(key.rows, key.shares, ranks)
     key_group = None if key.group is None else gather_labels(key.group, key.shares, ranks)
+    first = key.shares.first
+    if mix is not None:
+        keys, mixtures = mix(keys, key_group, first)
+        options.update(mixtures)
     columns, columns_group, own_negatives = keys, key_group, gathered_negatives
     if negatives is not None and gathered_negatives is not None and hard_negative_weight:
         # A weight is for row i's own negative i: the others' negatives are further keys, of nobody's group.
@@ -106,8 +122,7 @@ def _with_gathered(
         columns = torch.cat([keys, gathered_negatives[: own.start], gathered_negatives[own.stop :]])
         if query.group is not None and key_group is not None:
             columns_group = torch.cat([key_group, nobody(query.group).expand(len(columns) - len(keys))])
-    first = key.shares.first
-    loss, positive, hardest, _ = HF.info_nce_with_statistics(
+    loss, positive, hardest, hard_negatives = HF.info_nce_with_statistics(
         query.rows,
         columns,
         target=torch.arange(first, first + len(query.rows), device=keys.device),
@@ -117,7 +132,7 @@ def _with_gathered(
         key_group=columns_group,
         **options,
     )
-    return JoinedLoss(loss, positive, hardest, keys)
+    return JoinedLoss(loss, positive, hardest, keys, hard_negatives)
 
 
 def _with_ring(
@@ -165,7 +180,7 @@ def _with_ring(
         backend=backend,
         **options,
     )
-    return JoinedLoss(loss, positive, torch.maximum(hardest, foreign_hardest), None)
+    return JoinedLoss(loss, positive, torch.maximum(hardest, foreign_hardest))
 
 
 def _block_groups(query_group: Tensor, key_group: Tensor, key: Part, negatives: Part | None) -> Tensor:

@@ -31,6 +31,12 @@ class Ranks:
             return torch.device("cpu")
         return torch.device("cuda", torch.cuda.current_device())
 
+    def smallest(self, number: int) -> int:
+        """The smallest of all ranks' numbers."""
+        told = torch.tensor(number, device=self.host_device())
+        dist.all_reduce(told, dist.ReduceOp.MIN, group=self.process_group)
+        return int(told)
+
     def neighbour(self, distance: int) -> int:
         """The global rank of the process so many places further round the ring."""
         place = (self.rank + distance) % self.size

@@ -16,6 +16,13 @@ from hicl_fast.ops.positive_mixing import Weights
 LARGEST_AUTO_K = 10
 
 
+class Part(NamedTuple):
+    """Which rows of a larger batch the queries are, where the keys are those of all of it."""
+
+    first: int  # query i's positive is key first + i
+    fewest: int  # negatives that every row of the batch has
+
+
 class Groups(NamedTuple):
     """Keys of a query's own group are nobody's hard negatives for it."""
 
@@ -94,15 +101,22 @@ class HardNegativeMixing(nn.Module):
         self.mixed = None
 
     def forward(
-        self, query: Tensor, key: Tensor, temperature: float | Tensor, groups: Groups | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        temperature: float | Tensor,
+        groups: Groups | None = None,
+        part: Part | None = None,
     ) -> Mixtures:
-        """The mixtures for ``query`` (N, D) and ``key`` (M, D), key i being query i's positive.
+        """The mixtures for ``query`` (N, D) and ``key`` (M, D), key i being query i's positive or that of its ``part``.
 
         Empty where there is nothing to mix: fewer than two negatives, with ``k="auto"`` or ``bank="previous"``.
         """
         self.mixed = None
-        mix = self._of_keys if self.queue is None else self._of_previous_batches
-        mixtures = mix(query, key, temperature, groups)
+        if self.queue is None:
+            mixtures = self._of_keys(query, key, groups, part)
+        else:
+            mixtures = self._of_previous_batches(query, temperature, 0 if part is None else part.first)
         if self.training:
             self.step = self.step + 1
             if self.queue is not None:
@@ -114,26 +128,31 @@ class HardNegativeMixing(nn.Module):
         if mixtures.mixing is not None and hard_negatives is not None:
             self.mixed = Mixed(None, hard_negatives, mixtures.mixing.pairs)
 
-    def _of_keys(self, query: Tensor, key: Tensor, temperature: float | Tensor, groups: Groups | None) -> Mixtures:
-        k = min(LARGEST_AUTO_K, fewest_candidates(query, key, groups)) if self.k == "auto" else int(self.k)
-        return Mixtures(mixing=HF.Mixing(k, self._pairs(query, k), self.alpha)) if k >= 2 else Mixtures()
+    def _of_keys(self, query: Tensor, key: Tensor, groups: Groups | None, part: Part | None) -> Mixtures:
+        if self.k == "auto":
+            k = min(LARGEST_AUTO_K, fewest_candidates(query, key, groups) if part is None else part.fewest)
+        else:
+            k = int(self.k)
+            if part is not None and k > part.fewest:
+                raise ValueError(f"k: expected at most {part.fewest}, the negatives that every row has, got {k}")
+        if k < 2:
+            return Mixtures()
+        return Mixtures(mixing=HF.Mixing(k, self._pairs(query, k, 0 if part is None else part.first), self.alpha))
 
-    def _of_previous_batches(
-        self, query: Tensor, key: Tensor, temperature: float | Tensor, groups: Groups | None
-    ) -> Mixtures:
+    def _of_previous_batches(self, query: Tensor, temperature: float | Tensor, first_row: int) -> Mixtures:
         bank = None if self.queue is None else self.queue.rows()
         if bank is None or len(bank) < 2:
             return Mixtures()
         k = min(LARGEST_AUTO_K if self.k == "auto" else int(self.k), len(bank))
         _, index = HF.hard_negatives(query, bank, k, exclude_target=False, backend=self.backend)
-        self.mixed = Mixed(bank.detach(), index, self._pairs(query, k))
+        self.mixed = Mixed(bank.detach(), index, self._pairs(query, k, first_row))
         logits = HF.mixed_negative_logits(
             query, bank, index, self.mixed.pairs, alpha=self.alpha, temperature=temperature, backend=self.backend
         )
         return Mixtures(extra_logits=logits)
 
-    def _pairs(self, query: Tensor, k: int) -> Tensor:
-        return HF.random_pairs(len(query), self.num_mixed, k, self._step_seed(), query.device)
+    def _pairs(self, query: Tensor, k: int, first_row: int) -> Tensor:
+        return HF.random_pairs(len(query), self.num_mixed, k, self._step_seed(), query.device, first_row=first_row)
 
     def _step_seed(self) -> int:
         return self.seed + (int(self.step) << 32)
@@ -171,31 +190,40 @@ class PositiveMixing(nn.Module):
         self.threshold, self.weights, self.backend = threshold, weights, backend
         self.hardest = None
 
-    def forward(self, query: Tensor, key: Tensor, groups: Groups | None = None) -> Tensor:
-        """The keys (M, D) with the positives of ``query`` (N, D), the first N of them, mixed.
+    def forward(self, query: Tensor, key: Tensor, groups: Groups | None = None, part: Part | None = None) -> Tensor:
+        """The keys (M, D) with the positives of ``query`` (N, D), the first N of them or those of its ``part``, mixed.
 
-        A row without a negative keeps its positive.
+        Where a row has no negative, all rows keep their positives.
         """
         self.hardest = None
-        if fewest_candidates(query, key, groups) < 1:
+        if (fewest_candidates(query, key, groups) if part is None else part.fewest) < 1:
             return key
+        first = 0 if part is None else part.first
         query_group, key_group = (None, None) if groups is None else groups
-        _, index = HF.hard_negatives(query, key, 1, query_group=query_group, key_group=key_group, backend=self.backend)
+        _, index = HF.hard_negatives(
+            query,
+            key,
+            1,
+            target=torch.arange(first, first + len(query), device=query.device) if first else None,
+            query_group=query_group,
+            key_group=key_group,
+            backend=self.backend,
+        )
         self.hardest = index[:, 0]
-        positive, others = key[: len(query)], key[len(query) :]
+        before, positive, after = key.tensor_split([first, first + len(query)])
         mixed = HF.positive_mixing(query, positive, key[self.hardest], threshold=self.threshold, weights=self.weights)
-        return torch.cat([mixed, others]) if len(others) else mixed
+        return mixed if len(mixed) == len(key) else torch.cat([before, mixed, after])
 
     def extra_repr(self) -> str:
         return f"threshold={self.threshold}, weights={self.weights}"
 
 
-def fewest_candidates(query: Tensor, key: Tensor, groups: Groups | None) -> int:
-    """The smallest number of negatives that a row has among the keys."""
+def fewest_candidates(query: Tensor, key: Tensor, groups: Groups | None, first: int = 0) -> int:
+    """The smallest number of negatives that a row has among the keys, of which key ``first`` is row 0's positive."""
     if groups is None:
         return len(key) - 1
     values, counts = torch.unique(groups.key, return_counts=True)
     at = torch.searchsorted(values, groups.query).clamp_max(len(values) - 1)
     same = torch.where(values[at] == groups.query, counts[at], 0)
-    own_is_counted = groups.key[: len(query)] == groups.query
+    own_is_counted = groups.key[first : first + len(query)] == groups.query
     return len(key) - int((same + (~own_is_counted).long()).max())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -9,8 +11,9 @@ from torch import Tensor, nn
 from hicl_fast import _checks as check
 from hicl_fast import functional as HF
 from hicl_fast.distributed import Gather, Ranks, Shares, agree, attempt, check_gather, joined_means, ranks_of
-from hicl_fast.distributed.gathering import describe_rows
+from hicl_fast.distributed.gathering import describe_rows, gather_rows
 from hicl_fast.distributed.info_nce import Part, joined_info_nce
+from hicl_fast.losses import hncse
 from hicl_fast.losses.hncse import Groups, HardNegativeMixing, Mixtures, PositiveMixing
 from hicl_fast.losses.queue import NegativeQueue
 from hicl_fast.losses.temperature import Temperature
@@ -136,9 +139,7 @@ class FusedInfoNCELoss(nn.Module):
             return self._forward_joined(query, key, negatives, query_group, key_group, ranks)
         use_queue = self.queue is not None and self.training
         temperature = self.temperature()
-        groups = None
-        if query_group is not None and key_group is not None and self.same_group != "negative":
-            groups = Groups(query_group, key_group)
+        groups = self._groups(query_group, key_group)
         if self.positive_mixing is not None:
             key = self.positive_mixing(query, key, groups)
         mixtures = Mixtures()
@@ -168,6 +169,12 @@ class FusedInfoNCELoss(nn.Module):
             self.hard_negative_mixing.remember(mixtures, result.hard_negatives)
         self._rows = (result.loss.detach(), result.positive, result.hardest)
         return result.loss
+
+    def _groups(self, query_group: Tensor | None, key_group: Tensor | None) -> Groups | None:
+        """The groups as far as they decide what can be a hard negative."""
+        if query_group is None or key_group is None or self.same_group == "negative":
+            return None
+        return Groups(query_group, key_group)
 
     @torch.compiler.disable
     def _forward_joined(
@@ -200,6 +207,8 @@ class FusedInfoNCELoss(nn.Module):
             "options": self.extra_repr(),
             "hard_negative_weight": self.hard_negative_weight,
             "queue_size": None if self.queue is None else self.queue.size,
+            "hard_negative_mixing": self.hard_negative_mixing,
+            "positive_mixing": self.positive_mixing,
             "training": self.training,
         }
 
@@ -215,6 +224,21 @@ class FusedInfoNCELoss(nn.Module):
     ) -> Tensor:
         """The loss over the joined batch once the ranks have agreed on their ``shares`` of query, key and negatives."""
         use_queue = self.queue is not None and self.training
+        mixtures = Mixtures()
+
+        def mix(keys: Tensor, keys_group: Tensor | None, first: int) -> tuple[Tensor, dict[str, Any]]:
+            nonlocal mixtures
+            groups = self._groups(query_group, keys_group)
+            fewest = ranks.smallest(hncse.fewest_candidates(query, keys, groups, first))
+            part = hncse.Part(first, fewest)
+            if self.positive_mixing is not None:
+                own = self.positive_mixing(query, keys, groups, part)[shares["key"].slices[ranks.rank]]
+                keys = gather_rows(own, shares["key"], ranks)
+            if self.hard_negative_mixing is not None:
+                mixtures = self.hard_negative_mixing(query, keys, self.temperature(), groups, part)
+            return keys, mixtures._asdict()
+
+        mixes = self.hard_negative_mixing is not None or self.positive_mixing is not None
         result = joined_info_nce(
             Part(query, shares["query"], query_group),
             Part(key, shares["key"], key_group),
@@ -223,6 +247,7 @@ class FusedInfoNCELoss(nn.Module):
             gather=self.gather,
             symmetric=self.symmetric,
             reduction=self.reduction,
+            mix=mix if mixes else None,
             temperature=self.temperature(),
             hard_negative_weight=self.hard_negative_weight if negatives is not None else 0.0,
             bank=self.queue.rows() if use_queue and self.queue is not None else None,
@@ -233,6 +258,8 @@ class FusedInfoNCELoss(nn.Module):
         )
         if use_queue and self.queue is not None and result.keys is not None:
             self.queue.push(result.keys)
+        if self.hard_negative_mixing is not None:
+            self.hard_negative_mixing.remember(mixtures, result.hard_negatives)
         self._rows, self._joined = None, joined_means(result, shares["query"], ranks)
         return result.loss
 
@@ -241,8 +268,17 @@ class FusedInfoNCELoss(nn.Module):
         if not self.gather:
             return
         for name in ("hard_negative_mixing", "positive_mixing"):
-            if getattr(self, name) is not None:
-                raise ValueError(f"{name}: expected None with gather, since it looks at one rank's keys")
+            if self.gather == "ring" and getattr(self, name) is not None:
+                raise ValueError(f'{name}: expected None with gather="ring", since it looks at all keys')
+        if self.hard_negative_mixing is not None and self.hard_negative_weight:
+            raise ValueError(
+                "hard_negative_weight: expected 0 with hard_negative_mixing and gather, since other ranks' explicit "
+                f"negatives would be mixed, got {self.hard_negative_weight}"
+            )
+        if self.positive_mixing is not None and self.positive_mixing.weights == "search":
+            raise ValueError(
+                "positive_mixing: expected a pair of weights with gather, since their search looks at all rows, got 'search'"
+            )
         if self.gather == "ring" and self.queue is not None:
             raise ValueError('queue_size: expected 0 with gather="ring", since a queue takes the keys of all ranks')
         if self.gather == "ring" and self.same_group == "positive":
