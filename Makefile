@@ -5,8 +5,8 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --quiet
 PYTEST := $(BIN)/python -m pytest -q
-STYLED := hicl_fast kernels benchmarks tests tools setup.py
-TYPED := hicl_fast kernels benchmarks tools setup.py
+STYLED := hicl_fast kernels benchmarks examples tests tools setup.py
+TYPED := hicl_fast kernels benchmarks examples tools setup.py
 
 # Empty files that say when a step was last done: a step is done again when what it rests on is newer.
 INSTALLED := .venv/.installed

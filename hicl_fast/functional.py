@@ -103,7 +103,7 @@ def info_nce(
         precision: of the matrix products. ``None`` follows the input type and
             ``torch.set_float32_matmul_precision``; ``"float32"``; ``"bf16"`` rounds the operands to bfloat16 and
             accumulates in float32 where the processor has such products.
-        backend: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
+        backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
         A float32 (float64) scalar, or (N,) with ``reduction="none"``. NaN or Inf in an input gives NaN.
@@ -213,7 +213,7 @@ def segment_pool(
             are in host memory; a GPU is not waited for.
         weights: (S,) for example the number of tokens of each segment, integer or floating point; gets a gradient if
             it asks for one. Default: all ones. A sequence whose weights sum to zero gets a zero row.
-        backend: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
+        backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
         (B, D) in the type of ``segments``; sums are kept in float32 (float64 for float64).
@@ -271,7 +271,7 @@ def mixed_negative_logits(
             to k − 1, checked as those of ``index``.
         alpha: α, the first negative's share, 0 to 1.
         temperature: τ > 0, a float or a 0-d tensor; a tensor gets its exact gradient.
-        backend: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
+        backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
         (N, m) float32 (float64), for :func:`info_nce`'s ``extra_logits``. Gradients reach query, bank and temperature;
@@ -477,7 +477,7 @@ def hard_negatives(
         key_group: (M,) int64 group of each key.
         exclude_target: ``False`` where no query's positive is among the keys: every key is a candidate, and N may
             exceed M. Goes without ``target``.
-        backend: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
+        backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
         The similarities, (N, k) float32 (float64 where an input is), and the keys' indices, (N, k) int64: larger
@@ -545,7 +545,7 @@ def paradigm(
             (R, N) and their statistics that gives (R, N); what it gives on the diagonal is ignored.
         ratio: of ``"custom"`` and of the modification ``"r"``: a number. Of ``"custom"`` also ``"arccon"``, ``"met"``,
             ``"mat"`` (those losses' ratios, with the hardest negative), or a function of the statistics that gives (N,).
-        backend: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"`` (the first two objectives alone).
+        backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"`` (the first two objectives alone).
 
     Returns:
         A float32 (float64) scalar. NaN or Inf in an input gives NaN.

@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "equal_products.h"
 #include "matmul.h"
 #include "memory.h"
 #include "paradigm_weights.h"
@@ -25,12 +26,6 @@ namespace {
 
 constexpr int64_t kMinBlockRows = 64, kMaxBlockRows = 1024;
 constexpr int64_t kBlockBytes = 128 << 20;  // of similarities
-// Products of these multiples come out equal in every bit where columns are equal, wherever they lie.
-constexpr int64_t kRowMultiple = 8;
-template <typename T>
-constexpr int64_t kColumnMultiple = sizeof(T) == 4 ? 64 : 192;
-
-int64_t rounded_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 // NaN counts as the largest of all.
 template <typename T>
@@ -157,10 +152,6 @@ template <typename T>
 Matrix<const T> matrix(const Tensor& t) {
   return {t.const_data_ptr<T>(), t.size(0), t.size(1), t.size(1)};
 }
-Tensor new_index(int64_t n) {
-  return torch::stable::empty({n}, ScalarType::Long, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
-}
-
 using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename T>
@@ -168,7 +159,7 @@ Statistics run_statistics(const Tensor& x, const Tensor& y, std::optional<double
   const int64_t n = x.size(0);
   Tensor hardest = new_tensor<T>({n}), lse = new_tensor<T>({temperature ? n : 0}),
          column_hardest = new_tensor<T>({columns ? n : 0});
-  Tensor index = new_index(n), column_index = new_index(columns ? n : 0);
+  Tensor index = new_tensor<int64_t>({n}), column_index = new_tensor<int64_t>({columns ? n : 0});
   T *best = data<T>(hardest), *log_sum = data<T>(lse);
   int64_t* at = data<int64_t>(index);
   ColumnMaxima<T> down(data<T>(column_hardest), data<int64_t>(column_index), columns ? n : 0);
@@ -193,7 +184,7 @@ using Combination = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 template <typename T, typename Weight>
 Combination run_combination(const Tensor& x, const Tensor& y, const Tensor& t, const Weight& weight) {
   const int64_t n = x.size(0), d = t.size(1);
-  Tensor rows = new_tensor<T>({n, d}), log_total = new_tensor<T>({n}), hardest = new_tensor<T>({n}), index = new_index(n);
+  Tensor rows = new_tensor<T>({n, d}), log_total = new_tensor<T>({n}), hardest = new_tensor<T>({n}), index = new_tensor<int64_t>({n});
   T *out = data<T>(rows), *log_sum = data<T>(log_total), *best = data<T>(hardest);
   int64_t* at = data<int64_t>(index);
   const std::vector<T> ones(n, T(1));

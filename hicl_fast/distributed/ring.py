@@ -64,7 +64,7 @@ def foreign_log_sum_exp(
         query_group: (N,) group of each query; keys of the same group don't count. Given with ``key_group``.
         key_group: group of each row of all blocks, in the order of ranks.
         precision: of the products, as a :class:`hicl_fast.ops.problem.Problem` has it.
-        backend: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
+        backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
         The log-sum-exps (N,), −inf for a row that no foreign key counts for, with gradients for query, block and

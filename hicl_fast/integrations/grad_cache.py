@@ -28,7 +28,7 @@ class FusedContrastiveLoss(nn.Module):
         temperature: τ > 0.
         gather: join the rows of all processes first, as GradCache's ``DistributedContrastiveLoss`` does: every process
             computes the loss of the joined batch, and has gradients for its own rows.
-        backend: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
+        backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Example:
         >>> cache = GradCache(models=[encoder, encoder], chunk_sizes=32, loss_fn=FusedContrastiveLoss(0.05))

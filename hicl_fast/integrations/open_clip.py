@@ -17,7 +17,7 @@ from hicl_fast.integrations._requires import missing
 from hicl_fast.integrations.similarity import as_cosines, loss_type
 
 try:
-    from open_clip import loss as original  # type: ignore[import-untyped]
+    from open_clip import loss as original
 except ImportError as error:
     raise missing("open_clip", "open_clip_torch>=2.20") from error
 

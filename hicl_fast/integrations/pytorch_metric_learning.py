@@ -20,9 +20,9 @@ from hicl_fast.integrations._requires import missing
 from hicl_fast.integrations.similarity import Similarity, as_cosines, log_expm1, loss_type, pairwise
 
 try:
-    from pytorch_metric_learning import distances  # type: ignore[import-untyped]
+    from pytorch_metric_learning import distances
     from pytorch_metric_learning import losses as original
-    from pytorch_metric_learning.utils import loss_and_miner_utils as lmu  # type: ignore[import-untyped]
+    from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 except ImportError as error:
     raise missing("pytorch_metric_learning", "pytorch-metric-learning>=2") from error
 

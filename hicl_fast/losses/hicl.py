@@ -38,7 +38,7 @@ class FusedHiCLLoss(nn.Module):
         positive_mixing: HNCSE's mixing of positives, in the global loss.
         queue_size: rows of earlier batches kept as negatives of the global loss; 0 keeps none.
         precision: ``None``, ``"float32"`` or ``"bf16"``; see :func:`hicl_fast.functional.info_nce`.
-        backend: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
+        backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
         gather: both losses over the sequences of all ranks, each rank with sequences and segments of its own number:
             ``True``, or ``"ring"``; see :class:`FusedInfoNCELoss`. The mean over the ranks is the joined batch's loss.
         process_group: the ranks; default: all. Giving one means ``gather=True``.

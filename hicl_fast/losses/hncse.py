@@ -177,7 +177,7 @@ class PositiveMixing(nn.Module):
     Args:
         threshold: how much smaller than d₁, relative to it, d₂ may be.
         weights: (w₁, w₂), or ``"search"``: the best of a grid; see :func:`hicl_fast.functional.positive_mixing`.
-        backend: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
+        backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Attributes:
         hardest: (N,) int64, the key that the last call took for each row's hardest negative; or ``None``.

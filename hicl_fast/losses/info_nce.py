@@ -50,7 +50,7 @@ class FusedInfoNCELoss(nn.Module):
         positive_mixing: mixes the positives first (HNCSE); everything after it sees the mixed keys. Not with ``symmetric``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         precision: ``None``, ``"float32"`` or ``"bf16"``; see :func:`hicl_fast.functional.info_nce`.
-        backend: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
+        backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
         gather: score this rank's queries against the keys and negatives of all ranks of ``torch.distributed``, with
             gradients to all of them. ``True`` gathers them; ``"ring"`` passes them from rank to rank, so that no rank
             holds more than three ranks' rows. See below for what is returned.

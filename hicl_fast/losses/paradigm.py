@@ -31,7 +31,7 @@ class GradientParadigmLoss(nn.Module):
         ratio: of ``"custom"`` and of the modification ``"r"``; the paper takes 1.75 for mhe and mhs, 1.5 for the others.
         log_gradient_terms: whether ``last`` has the gradient's parts too; of the contrastive objectives and
             ``"custom"``; reading them takes two products.
-        backend: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``.
+        backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Attributes:
         last: after a call, detached scalars for logging: ``loss``, ``positive_similarity``, where the objective looks

@@ -28,6 +28,14 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]
     return contextlib.nullcontext()
 
 
+def is_one(loss_grad: Tensor) -> bool:
+    """Whether this is a plain ``loss.backward()``; only host memory is looked at.
+
+    What was saved can then be handed out: autograd drops its own reference first, or copies where the graph is kept.
+    """
+    return type(loss_grad) is Tensor and loss_grad.device.type == "cpu" and loss_grad.item() == 1.0
+
+
 def once_differentiable(operator: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Mark a backward function whose results can't be differentiated again, and say so where someone tries."""
     message = (

@@ -21,7 +21,7 @@ from torch import Tensor
 from hicl_fast.backend import registry
 from hicl_fast.backend.features import features
 from hicl_fast.ops import hard_negatives, mixed_negatives
-from hicl_fast.ops.autograd import once_differentiable, runs_eagerly, without_autocast
+from hicl_fast.ops.autograd import is_one, once_differentiable, runs_eagerly, without_autocast
 from hicl_fast.ops.problem import DIFFERENTIABLE, NOTHING, Gradients, Mixing, Problem, RowStatistics, Wanted
 
 _PROBLEM = (
@@ -276,20 +276,12 @@ def _saved_gradients(ctx: Any, loss_grad: Tensor | None) -> list[Tensor | None]:
     if loss_grad is None:
         return [None] * len(ctx.destinations)
     gradients: Iterable[Tensor] = ctx.saved_tensors
-    if not _is_one(loss_grad):
+    if not is_one(loss_grad):
         gradients = (gradient * loss_grad.to(gradient.device) for gradient in gradients)
     return [
         None if destination is None else destination.take(gradient)
         for gradient, destination in zip(gradients, ctx.destinations, strict=True)
     ]
-
-
-def _is_one(loss_grad: Tensor) -> bool:
-    """Whether this is a plain ``loss.backward()``; only host memory is looked at.
-
-    What was saved can then be handed out: autograd drops its own reference first, or copies where the graph is kept.
-    """
-    return type(loss_grad) is Tensor and loss_grad.device.type == "cpu" and loss_grad.item() == 1.0
 
 
 def _save_rows(ctx: Any, problem: Problem, backend: str, outputs: tuple[Tensor, ...]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hicl_fast.backend import registry
 from hicl_fast.ops import info_nce
-from hicl_fast.ops.autograd import once_differentiable, runs_eagerly, without_autocast
+from hicl_fast.ops.autograd import is_one, once_differentiable, runs_eagerly, without_autocast
 from hicl_fast.ops.paradigm_objectives import OBJECTIVES, Views
 from hicl_fast.ops.paradigm_settings import NUM_FIELDS, SCHEMA, Settings
 from hicl_fast.ops.problem import Problem, sum_type
@@ -95,9 +95,12 @@ def _gradients(ctx: Any, loss_grad: Tensor | None) -> tuple[Tensor | None, ...]:
     """In the type of the sums until the upstream gradient is in, so that a scaled float16 loss doesn't underflow."""
     if loss_grad is None:
         return None, None
+    gradients = ctx.saved_tensors
+    if not is_one(loss_grad):
+        gradients = [gradient * loss_grad for gradient in gradients]
     return tuple(
-        (gradient * loss_grad).to(dtype) if is_wanted else None
-        for gradient, dtype, is_wanted in zip(ctx.saved_tensors, ctx.types, ctx.needs_input_grad[:2], strict=True)
+        gradient.to(dtype) if is_wanted else None
+        for gradient, dtype, is_wanted in zip(gradients, ctx.types, ctx.needs_input_grad[:2], strict=True)
     )
 
 
