@@ -225,7 +225,8 @@ def assert_same_training(
 ) -> None:
     expected = model_gradients(model, theirs, num_columns)
     for got, wanted in zip(model_gradients(model, mine, num_columns), expected, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=atol)
+        # Each entry is a float32 sum over the network: it errs by a share of the largest, not of itself.
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=max(atol, 1e-4 * float(wanted.abs().max())))
 
 
 deprecated = pytest.mark.filterwarnings("ignore::DeprecationWarning")
