@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "matmul.h"
@@ -25,10 +26,15 @@ struct MixingRules {
 template <typename T>
 class BlockMixing {
  public:
-  BlockMixing(const MixingRules& rules, Matrix<const T> query, const UnitRows<T>& keys, int64_t block_rows)
+  BlockMixing(const MixingRules& rules, Matrix<const T> query, const UnitRows<T>& keys, int64_t block_rows,
+              Workspace& workspace)
       : s_{query.data, keys.row(0), rules.index, rules.pairs, query.rows, keys.count(), query.columns, rules.k,
            rules.num_mixed, T(rules.alpha), T(1 - rules.alpha)},
-        index_(rules.index), additions_(s_, block_rows), radial_(block_rows * s_.k), kept_(keys.count()) {}
+        index_(rules.index), additions_(s_, block_rows, workspace), radial_(block_rows * s_.k), kept_(keys.count()) {}
+  // Of the workspace.
+  static int64_t bytes(const std::optional<MixingRules>& rules, int64_t block_rows) {
+    return rules ? Additions<T>::bytes(block_rows, rules->k) : 0;
+  }
   BlockMixing(const BlockMixing&) = delete;  // `additions_` points to `s_`
 
   // Rows whose lists fit into memory that is worth having.

@@ -120,10 +120,11 @@ class Sweep {
     num_columns_ = num_columns();
     column_factor_.resize(num_columns_, T(1));
     row_stride_ = row_stride();
-    Workspace workspace(Workspace::bytes_of<T>(room * row_stride_) + Workspace::bytes_of<T>(room * query_.columns));
+    Workspace workspace(Workspace::bytes_of<T>(room * row_stride_) + Workspace::bytes_of<T>(room * query_.columns) +
+                        BlockMixing<T>::bytes(mixing_rules_, block));
     logits_ = workspace.take<T>(room * row_stride_);
     unit_block_ = workspace.take<T>(room * query_.columns);
-    if (mixing_rules_) mixing_.emplace(*mixing_rules_, query_, segments_[0].unit, block);
+    if (mixing_rules_) mixing_.emplace(*mixing_rules_, query_, segments_[0].unit, block, workspace);
     row_factor_.resize(block);
     positive_entry_.resize(block);
     moment_.assign(n, 0.0);

@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "memory.h"
 #include "mixing.h"
 #include "rows.h"
 #include "tensors.h"
@@ -52,7 +53,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& query, const Tensor& bank, con
 
   if (want_bank) std::fill(db, db + s.num_bank * s.d, T(0));
   const int64_t block = std::min(s.n, std::max<int64_t>(1, kTermsAtATime / (s.k * (s.k + 1))));
-  Additions<T> additions(s, want_bank ? block : 0);
+  Workspace workspace(want_bank ? Additions<T>::bytes(block, s.k) : 0);
+  Additions<T> additions(s, want_bank ? block : 0, workspace);
   for (int64_t first = 0; first < s.n; first += block) {
     const int64_t last = std::min(s.n, first + block);
     torch::stable::parallel_for(first, last, rows_per_thread(s.d * s.k), [&](int64_t begin, int64_t end) {

@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "memory.h"
 #include "rows.h"
 #include "unit_rows.h"
 
@@ -117,8 +118,14 @@ struct Coefficients {
 template <typename T>
 class Additions {
  public:
-  Additions(const Candidates<T>& candidates, int64_t num_rows)
-      : s_(candidates), row_(num_rows * s_.k * (s_.k + 1)), factor_(row_.size()), count_(num_rows * s_.k) {}
+  // `num_rows` of them at a time, in memory of the call.
+  Additions(const Candidates<T>& candidates, int64_t num_rows, Workspace& workspace)
+      : s_(candidates), row_(workspace.take<const T*>(num_terms(num_rows, s_.k))),
+        factor_(workspace.take<T>(num_terms(num_rows, s_.k))), count_(workspace.take<int64_t>(num_rows * s_.k)) {}
+  static int64_t bytes(int64_t num_rows, int64_t k) {
+    return Workspace::bytes_of<const T*>(num_terms(num_rows, k)) + Workspace::bytes_of<T>(num_terms(num_rows, k)) +
+           Workspace::bytes_of<int64_t>(num_rows * k);
+  }
 
   // `factor` is of all coefficients; a query factor of 0: what is along the query is added elsewhere. Each is written, and
   // the next one over it if it is 0: which are can't be guessed, and a processor's wrong guess costs more than a store.
@@ -136,23 +143,23 @@ class Additions {
       count_[place * s_.k + c] = next - first;
     }
   }
-  void clear(int64_t place) { std::fill_n(count_.begin() + place * s_.k, s_.k, int64_t(0)); }
+  void clear(int64_t place) { std::fill_n(count_ + place * s_.k, s_.k, int64_t(0)); }
   bool is_empty(int64_t place, int64_t c) const { return count_[place * s_.k + c] == 0; }
 
   // Dimensions from:to of the gradient of row i's negative c
   void add(int64_t place, int64_t c, int64_t from, int64_t to, T* gradient) const {
     const int64_t first = begin(place, c);
-    row_kernels<T>().add_rows(gradient, row_.data() + first, factor_.data() + first, count_[place * s_.k + c], from,
-                              to - from);
+    row_kernels<T>().add_rows(gradient, row_ + first, factor_ + first, count_[place * s_.k + c], from, to - from);
   }
 
  private:
-  int64_t begin(int64_t place, int64_t c) const { return (place * s_.k + c) * (s_.k + 1); }
+  static int64_t num_terms(int64_t num_rows, int64_t k) { return num_rows * k * (k + 1); }
+  int64_t begin(int64_t place, int64_t c) const { return num_terms(place, s_.k) + c * (s_.k + 1); }
 
   const Candidates<T>& s_;
-  std::vector<const T*> row_;
-  std::vector<T> factor_;
-  std::vector<int64_t> count_;
+  const T** row_;
+  T* factor_;
+  int64_t* count_;
 };
 
 // Threads share out the dimensions, so that every sum is taken in the order of the rows however many threads there are.
