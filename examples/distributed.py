@@ -27,6 +27,26 @@ def views(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return first, second
 
 
+def train(gather: str, steps: int) -> None:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    rows = 96 + 32 * rank  # every rank may have a batch of its own size
+
+    torch.manual_seed(0)
+    encoder: nn.Module = nn.Linear(32, 16)
+    if dist.is_initialized():
+        encoder = DistributedDataParallel(encoder)
+    loss_fn = FusedInfoNCELoss(0.1, gather="ring" if gather == "ring" else True)
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=0.01)
+    generator = torch.Generator().manual_seed(rank)
+    for step in range(steps):
+        first, second = encoder(torch.cat(views(rows, generator))).chunk(2)
+        optimizer.zero_grad()
+        loss_fn(first, second).backward()  # the rank's part: the mean over the ranks is the joined batch's loss
+        optimizer.step()
+        if rank == 0 and (step % 10 == 0 or step == steps - 1):
+            print(f"step {step:3d}  loss of the joined batch {loss_fn.last['loss'].item():.4f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gather", choices=["all", "ring"], default="all")
@@ -36,23 +56,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if "RANK" in os.environ:  # under torchrun
         dist.init_process_group("gloo")
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    rows = 96 + 32 * rank  # every rank may have a batch of its own size
-
-    torch.manual_seed(0)
-    encoder: nn.Module = nn.Linear(32, 16)
-    if dist.is_initialized():
-        encoder = DistributedDataParallel(encoder)
-    loss_fn = FusedInfoNCELoss(0.1, gather="ring" if args.gather == "ring" else True)
-    optimizer = torch.optim.Adam(encoder.parameters(), lr=0.01)
-    generator = torch.Generator().manual_seed(rank)
-    for step in range(args.steps):
-        first, second = encoder(torch.cat(views(rows, generator))).chunk(2)
-        optimizer.zero_grad()
-        loss_fn(first, second).backward()  # the rank's part: the mean over the ranks is the joined batch's loss
-        optimizer.step()
-        if rank == 0 and (step % 10 == 0 or step == args.steps - 1):
-            print(f"step {step:3d}  loss of the joined batch {loss_fn.last['loss'].item():.4f}", flush=True)
+    # A function of its own: DistributedDataParallel must be gone before the group is. Where it holds the group last,
+    # PyTorch waits for gloo's thread with Python's lock in its hand, and that thread may be waiting for the lock.
+    train(args.gather, args.steps)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -145,6 +145,7 @@ def test_two_processes_train_as_one(tmp_path: Path, paragraphs: Path, command: C
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)

@@ -214,7 +214,7 @@ def test_two_processes_train_together(tmp_path: Path, sentences: Path, command: 
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*torchrun, *command(sentences)], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [*torchrun, *command(sentences)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path / "run")) == 6
