@@ -41,7 +41,7 @@ CUDA_MODES = ("auto", "1", "0")
 
 # One binary for every PyTorch from 2.10 on (the stable ABI) and every Python from 3.10 on (the limited API).
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
-COMPILE_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", *DEFINES]
+COMPILE_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", *DEFINES]
 TORCH_LIBRARIES = ["-ltorch_cpu", "-lc10"]
 
 # Sources named for an instruction set are compiled for it; the code in them runs only where the processor has it.

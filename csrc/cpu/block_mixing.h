@@ -67,23 +67,22 @@ class BlockMixing {
     void differentiate(int64_t i, int64_t place, T query_factor, T factor, const T* upstream, T* entries) {
       const Candidates<T>& s = block_.s_;
       T* radial = block_.radial_.data() + place * s.k;
+      std::fill(radial, radial + s.k, T(0));
       if (!is_complete(i)) {
         block_.additions_.clear(place);
-        std::fill(radial, radial + s.k, T(0));
         return;
       }
       coefficients_.gather(s, i, cosine_.data(), inverse_norm_.data(), upstream);
       block_.additions_.list(i, place, coefficients_, factor, T(0));
-      for (int64_t c = 0; c < s.k; ++c) {
-        const T along = coefficients_.along[c];
-        entries[s.bank_index(i, c)] += along;
-        // What no pair asks for has a coefficient of 0, and an old value for a product.
-        T sum = along == 0 ? T(0) : along * query_factor * products_.similarity(c);
-        for (int64_t e = 0; e < s.k; ++e) {
-          const T across = coefficients_.across[c * s.k + e], part = across * products_.gram(c, e);
-          sum -= across == 0 ? T(0) : part;
-        }
-        radial[c] = factor * sum;
+      for (int64_t c = 0; c < s.k; ++c) entries[s.bank_index(i, c)] += coefficients_.along[c];
+      // A cosine doesn't change with the length of g: n_a · ∂/∂n_a and n_b · ∂/∂n_b are each other's negatives.
+      for (int64_t p = 0; p < s.m; ++p) {
+        const int64_t a = s.pair(i, p)[0], b = s.pair(i, p)[1];
+        const T inverse = inverse_norm_[p], u = s.alpha * factor * upstream[p] * inverse;
+        const T mixture_along_a = s.alpha * products_.gram(a, a) + s.beta * products_.gram(a, b);
+        const T part = u * (query_factor * products_.similarity(a) - cosine_[p] * inverse * mixture_along_a);
+        radial[a] += part;
+        radial[b] -= part;
       }
     }
 

@@ -85,9 +85,12 @@ void mix(const Candidates<T>& s, int64_t i, T query_factor, Products<T>& product
     const T parts = s.alpha * s.alpha * products.gram(a, a) + s.beta * s.beta * products.gram(b, b);
     const T squared = parts + 2 * s.alpha * s.beta * products.gram(a, b);
     const bool vanishes = squared < std::max(kVanishing<T> * parts, T(kNormFloor * kNormFloor));
-    inverse_norm[p] = vanishes ? T(0) : 1 / std::sqrt(squared);
-    const T along = s.alpha * products.similarity(a) + s.beta * products.similarity(b);
-    cosine[p] = along * query_factor * inverse_norm[p];
+    inverse_norm[p] = vanishes ? std::numeric_limits<T>::infinity() : squared;
+    cosine[p] = query_factor * (s.alpha * products.similarity(a) + s.beta * products.similarity(b));
+  }
+  for (int64_t p = 0; p < s.m; ++p) {  // by itself, so that the compiler makes vectors of it
+    inverse_norm[p] = 1 / std::sqrt(inverse_norm[p]);
+    cosine[p] *= inverse_norm[p];
   }
 }
 
