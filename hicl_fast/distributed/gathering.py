@@ -59,6 +59,16 @@ def gather_rows(rows: Tensor, shares: Shares, ranks: Ranks) -> Tensor:
 
 
 @torch.compiler.disable
+def share_rows(rows: Tensor, shares: Shares, ranks: Ranks) -> Tensor:
+    """:func:`gather_rows` for a loss that every rank computes whole, the same on all of them.
+
+    Each rank then has all of the gradient of its own rows: it takes that, times the number of ranks, and nothing is
+    exchanged backward.
+    """
+    return rows if ranks.size == 1 else _ShareRows.apply(rows, shares, ranks)
+
+
+@torch.compiler.disable
 def gather_labels(labels: Tensor, shares: Shares, ranks: Ranks) -> Tensor:
     """The int64 labels (N,) of all ranks, (N₀ + N₁ + …,)."""
     return labels if ranks.size == 1 else _all_gather(labels, shares, ranks)
@@ -74,6 +84,18 @@ class _GatherRows(torch.autograd.Function):
     @once_differentiable("distributed.gather_rows")
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return _reduce_scatter(gradient, ctx.shares, ctx.ranks).to(ctx.dtype), None, None
+
+
+class _ShareRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, shares: Shares, ranks: Ranks) -> Tensor:
+        ctx.own, ctx.size = shares.slices[ranks.rank], ranks.size
+        return _all_gather(rows, shares, ranks)
+
+    @staticmethod
+    @once_differentiable("distributed.share_rows")
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient[ctx.own] * ctx.size, None, None
 
 
 def _all_gather(own: Tensor, shares: Shares, ranks: Ranks) -> Tensor:

@@ -115,12 +115,13 @@ def paradigm_with_statistics(
     return op.apply(u, v, settings, backend)
 
 
-def check_views(u: Tensor, v: Tensor) -> None:
-    """Two views of a batch of at least two rows."""
+def check_views(u: Tensor, v: Tensor, fewest: int = 2) -> None:
+    """Two views of a batch of at least so many rows."""
     check.floating_matrix("u", u, "(N, D)")
     check.floating_matrix("v", v, "(N, D)", like=u)
-    if u.shape[0] < 2 or u.shape[1] == 0:
-        raise ValueError(f"u: expected at least two rows and one dimension, got {check.describe(u)}")
+    if u.shape[0] < fewest or u.shape[1] == 0:
+        rows = "two rows" if fewest == 2 else "one row"
+        raise ValueError(f"u: expected at least {rows} and one dimension, got {check.describe(u)}")
     if v.shape != u.shape:
         raise ValueError(f"v: expected shape {tuple(u.shape)}, as u has, got {check.describe(v)}")
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hicl_fast import functional as HF
 from hicl_fast.analysis.terms import gradient_terms
+from hicl_fast.distributed import Ranks, Shares, agree, attempt, gather_rows, ranks_of, share_rows
+from hicl_fast.distributed.gathering import describe_rows
+from hicl_fast.distributed.info_nce import Part, joined_info_nce, joined_means
 from hicl_fast.losses.info_nce import mean_of_rows
 from hicl_fast.reference.paradigm import MODIFIABLE, Dissipation, Modification, Objective, Ratio, Weight
 
@@ -32,6 +38,10 @@ class GradientParadigmLoss(nn.Module):
         log_gradient_terms: whether ``last`` has the gradient's parts too; of the contrastive objectives and
             ``"custom"``; reading them takes two products.
         backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+        gather: with several processes, the loss of the batch that they have together (docs/distributed.md): of
+            ``"info_nce"`` and ``"arccon"`` a rank computes its own rows' part, of the others every rank computes all.
+            Not with functions as parts of ``"custom"`` that differ between ranks.
+        process_group: which processes; one alone means ``gather=True``.
 
     Attributes:
         last: after a call, detached scalars for logging: ``loss``, ``positive_similarity``, where the objective looks
@@ -56,6 +66,8 @@ class GradientParadigmLoss(nn.Module):
         ratio: Ratio = 1.0,
         log_gradient_terms: bool = False,
         backend: str = "auto",
+        gather: bool = False,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         settings = HF.paradigm_settings(
@@ -68,17 +80,21 @@ class GradientParadigmLoss(nn.Module):
         if log_gradient_terms and objective in MODIFIABLE:
             raise ValueError(f"log_gradient_terms: expected False with {objective!r}, whose weights have signs")
         self.log_gradient_terms = log_gradient_terms
+        if not isinstance(gather, bool):
+            raise ValueError(f"gather: expected True or False, since most objectives look at all rows, got {gather!r}")
+        self.gather, self.process_group = gather or process_group is not None, process_group
         self._rows: tuple[Tensor, Tensor, Tensor] | None = None
+        self._joined: dict[str, Tensor] = {}
         self._views: tuple[Tensor, Tensor] | None = None
 
     @property
     def last(self) -> dict[str, Tensor]:
-        if self._rows is None:
-            return {}
-        loss, positive, hardest = self._rows
-        known = mean_of_rows(loss, positive, hardest)
-        if not hardest.numel():
-            del known["hardest_negative_similarity"]
+        known = dict(self._joined)
+        if self._rows is not None:
+            loss, positive, hardest = self._rows
+            known = mean_of_rows(loss, positive, hardest)
+            if not hardest.numel():
+                del known["hardest_negative_similarity"]
         return known if self._views is None else known | self._gradient_terms(*self._views)
 
     def _gradient_terms(self, u: Tensor, v: Tensor) -> dict[str, Tensor]:
@@ -97,12 +113,22 @@ class GradientParadigmLoss(nn.Module):
         """The loss of two views.
 
         Args:
-            u: (N, D) one view of the batch, N ≥ 2.
+            u: (N, D) one view of the batch; N ≥ 2, with ``gather`` of all ranks together.
             v: (N, D) the other view; row i is u_i's positive.
 
         Returns:
-            A scalar; float32, or float64 where an input is float64.
+            A scalar; float32, or float64 where an input is float64. With ``gather``: the mean over the ranks is the
+            loss of the joined batch.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came; with ``gather``, ValueError on
+                every rank, with the words of those that failed.
         """
+        if self.gather and (ranks := ranks_of(self.process_group)).size > 1:
+            return self._forward_joined(u, v, ranks)
+        return self._score(u, v)
+
+    def _score(self, u: Tensor, v: Tensor) -> Tensor:
         loss, positive, hardest, _ = HF.paradigm_with_statistics(
             u,
             v,
@@ -117,9 +143,50 @@ class GradientParadigmLoss(nn.Module):
             backend=self.backend,
         )
         self._rows = (loss.detach(), positive, hardest)
+        self._log_terms_of(u, v)
+        return loss
+
+    def _log_terms_of(self, u: Tensor, v: Tensor) -> None:
         if self.log_gradient_terms:
             self._views = (u.detach(), v.detach())
-        return loss
+
+    @torch.compiler.disable
+    def _forward_joined(self, u: Tensor, v: Tensor, ranks: Ranks) -> Tensor:
+        def describe() -> tuple[dict[str, int], dict[str, object]]:
+            HF.check_views(u, v, fewest=1)
+            return {"rows": len(u)}, {"u": describe_rows(u), "v": describe_rows(v), **self._terms()}
+
+        told, failure = attempt(describe)
+        shares = agree(ranks, *(told or ({"rows": 0}, {})), failure)["rows"]
+        if self.objective in ("info_nce", "arccon"):
+            return self._own_part(u, v, shares, ranks)
+        return self._score(share_rows(u, shares, ranks), share_rows(v, shares, ranks))
+
+    def _own_part(self, u: Tensor, v: Tensor, shares: Shares, ranks: Ranks) -> Tensor:
+        result = joined_info_nce(
+            Part(u, shares),
+            Part(v, shares),
+            None,
+            ranks,
+            temperature=self.temperature,
+            margin=self.margin,
+            backend=self.backend,
+        )
+        self._joined = joined_means(result, shares, ranks)
+        if self.log_gradient_terms and result.keys is not None:
+            self._log_terms_of(gather_rows(u.detach(), shares, ranks), result.keys)
+        return result.loss
+
+    def _terms(self) -> dict[str, Any]:
+        """The options that have to be the same on all ranks; of a function, that there is one."""
+        parts = {"dissipation": self.dissipation, "weight": self.weight, "ratio": self.ratio}
+        return {
+            "loss": type(self).__name__,
+            "options": self.extra_repr(),
+            "strength": self.strength,
+            "log_gradient_terms": self.log_gradient_terms,
+            **{name: "a function" if callable(part) else part for name, part in parts.items()},
+        }
 
     def extra_repr(self) -> str:
         shown = f"{self.objective!r}, margin={self.margin:.4g}, temperature={self.temperature}"

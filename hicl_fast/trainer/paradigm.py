@@ -23,11 +23,14 @@ class GradientParadigm:
     max_seq_length: ClassVar[int] = 32
 
     def __init__(self, args: MethodArguments, seed: int = 0) -> None:
-        if args.gather != "none":
-            raise ValueError(f"gather: expected none with --method paradigm, got {args.gather!r}")
+        if args.gather == "ring":
+            raise ValueError("gather: expected none or all with --method paradigm, got 'ring'")
         self.settings = settings_of(args)
         self.fused = GradientParadigmLoss(
-            **self.settings, log_gradient_terms=args.log_gradient_terms, backend=args.backend
+            **self.settings,
+            log_gradient_terms=args.log_gradient_terms,
+            backend=args.backend,
+            gather=args.gather == "all",
         )
 
     def loss(self, views: Views) -> Tensor:

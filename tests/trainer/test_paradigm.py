@@ -52,5 +52,5 @@ def test_options() -> None:
         MethodArguments(objective="simclr")
     with pytest.raises(ValueError, match="modified: expected one of 'gd', 'w', 'r', got 'q'"):
         GradientParadigm(MethodArguments(objective="mhe", modified="q"))
-    with pytest.raises(ValueError, match="gather: expected none"):
-        GradientParadigm(MethodArguments(gather="all"))
+    with pytest.raises(ValueError, match="gather: expected none or all"):
+        GradientParadigm(MethodArguments(gather="ring"))
