@@ -28,9 +28,7 @@ def status() -> BackendStatus:
 
 
 def refusal(call: Call) -> str:
-    if call.operator == "paradigm":
-        return "it has no kernels for this objective of the gradient paradigm"
-    if call.operator in ("info_nce", "hard_negatives") and call.dtype == torch.float64:
+    if call.operator in ("info_nce", "hard_negatives", "paradigm") and call.dtype == torch.float64:
         return "it takes float32, bfloat16 and float16, got float64"
     if _interpreting():
         if call.device_type == "cpu":
@@ -51,6 +49,8 @@ def __getattr__(name: str) -> ModuleType:
         from hicl_fast.backend import triton_mixed_negatives as module  # type: ignore[no-redef]
     elif name == "hard_negatives":
         from hicl_fast.backend import triton_hard_negatives as module  # type: ignore[no-redef]
+    elif name == "paradigm":
+        from hicl_fast.backend import triton_paradigm as module  # type: ignore[no-redef]
     elif name == "segment_pool":
         from hicl_fast.backend import triton_segment_pool as module  # type: ignore[no-redef]
     else:
