@@ -27,12 +27,6 @@ namespace {
 constexpr int64_t kMinBlockRows = 64, kMaxBlockRows = 1024;
 constexpr int64_t kBlockBytes = 128 << 20;  // of similarities
 
-// NaN counts as the largest of all.
-template <typename T>
-bool exceeds(T a, T best) {
-  return a > best || (std::isnan(a) && !std::isnan(best));
-}
-
 // Blocks of similarities (R, N), with −inf on the diagonal.
 template <typename T>
 class Blocks {
@@ -74,7 +68,7 @@ class Blocks {
 
   T* row(int64_t r) { return similarities_ + r * stride_; }
   Matrix<T> block(int64_t count) { return {similarities_, count, n_, stride_}; }
-  int64_t count() const { return n_; }
+  int64_t stride() const { return stride_; }
 
  private:
   void multiply(int64_t first, int64_t count) {
@@ -96,20 +90,6 @@ class Blocks {
   T* similarities_ = nullptr;
 };
 
-// The largest of a row and the first place where it is.
-template <typename T>
-T largest(const T* row, int64_t n, int64_t* index) {
-  T best = row[0];
-  bool has_nan = std::isnan(best);
-  for (int64_t j = 1; j < n; ++j) {
-    best = row[j] > best ? row[j] : best;
-    has_nan |= row[j] != row[j];
-  }
-  *index = has_nan ? std::find_if(row, row + n, [](T s) { return std::isnan(s); }) - row
-                   : std::find(row, row + n, best) - row;
-  return row[*index];
-}
-
 // The largest down each column so far, and the first row where it is. Threads share out the columns.
 template <typename T>
 class ColumnMaxima {
@@ -125,17 +105,9 @@ class ColumnMaxima {
     torch::stable::parallel_for(0, slices, std::max<int64_t>(1, kGrain / (kSlice * count)), [&](int64_t s0, int64_t s1) {
       for (int64_t s = s0; s < s1; ++s) {
         const int64_t j = s * kSlice, width = std::min(kSlice, n_ - j);
-        int32_t at[kSlice];
+        RowIndex<T> at[kSlice];
         std::fill(at, at + width, -1);
-        T* best = best_ + j;
-        for (int64_t r = 0; r < count; ++r) {
-          const T* row = blocks.row(r) + j;
-          for (int64_t c = 0; c < width; ++c) {
-            const bool better = (row[c] > best[c]) | ((row[c] != row[c]) & (best[c] == best[c]));
-            best[c] = better ? row[c] : best[c];
-            at[c] = better ? int32_t(r) : at[c];
-          }
-        }
+        k_.column_largest(blocks.row(0) + j, blocks.stride(), count, best_ + j, at, width);
         for (int64_t c = 0; c < width; ++c)
           if (at[c] >= 0) index_[j + c] = first + at[c];
       }
@@ -143,6 +115,7 @@ class ColumnMaxima {
   }
 
  private:
+  const RowKernels<T>& k_ = row_kernels<T>();
   T* best_;
   int64_t* index_;
   int64_t n_;
@@ -163,16 +136,16 @@ Statistics run_statistics(const Tensor& x, const Tensor& y, std::optional<double
   T *best = data<T>(hardest), *log_sum = data<T>(lse);
   int64_t* at = data<int64_t>(index);
   ColumnMaxima<T> down(data<T>(column_hardest), data<int64_t>(column_index), columns ? n : 0);
-  const std::vector<T> ones(temperature ? n : 0, T(1));
+  const RowKernels<T>& k = row_kernels<T>();
 
   Blocks<T> blocks(matrix<T>(x), matrix<T>(y));
   blocks.each([&](int64_t first, int64_t count) {
     if (columns) down.offer(blocks, first, count);
     blocks.each_row(count, [&](int64_t r, T* row) {
-      best[first + r] = largest(row, n, at + first + r);
+      best[first + r] = k.largest(row, n, at + first + r);
       if (!temperature) return;
       double log_factor;
-      const T total = SoftmaxWeight<T>(*temperature)(row, ones.data(), best[first + r], n, &log_factor);
+      const T total = SoftmaxWeight<T>(*temperature)(row, best[first + r], n, &log_factor);
       log_sum[first + r] = T(log_factor + std::log(double(total)));
     });
   });
@@ -187,21 +160,20 @@ Combination run_combination(const Tensor& x, const Tensor& y, const Tensor& t, c
   Tensor rows = new_tensor<T>({n, d}), log_total = new_tensor<T>({n}), hardest = new_tensor<T>({n}), index = new_tensor<int64_t>({n});
   T *out = data<T>(rows), *log_sum = data<T>(log_total), *best = data<T>(hardest);
   int64_t* at = data<int64_t>(index);
-  const std::vector<T> ones(n, T(1));
+  const RowKernels<T>& k = row_kernels<T>();
   std::vector<T> factor(n);
 
   Blocks<T> blocks(matrix<T>(x), matrix<T>(y));
   blocks.each([&](int64_t first, int64_t count) {
     blocks.each_row(count, [&](int64_t r, T* row) {
       const int64_t i = first + r;
-      best[i] = largest(row, n, at + i);
+      best[i] = k.largest(row, n, at + i);
       double log_factor;
-      const T total = weight(row, ones.data(), best[i], n, &log_factor);
+      const T total = weight(row, best[i], n, &log_factor);
       log_sum[i] = T(log_factor + std::log(double(total)));
       factor[i] = 1 / total;
     });
     matmul(Matrix<T>{out + first * d, count, d, d}, blocks.block(count), matrix<T>(t));
-    const RowKernels<T>& k = row_kernels<T>();
     torch::stable::parallel_for(0, count, rows_per_thread(d), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         T* row = out + (first + r) * d;

@@ -16,10 +16,9 @@ class SoftmaxWeight {
   explicit SoftmaxWeight(double temperature) : scale_(1 / temperature) {}
 
   // row_j = the weight of s_j; returns their sum. −inf has none. `log_factor` is the logarithm of what was divided by.
-  T operator()(T* row, const T* ones, T hardest, int64_t n, double* log_factor) const {
+  T operator()(T* row, T hardest, int64_t n, double* log_factor) const {
     *log_factor = double(hardest) * scale_;
-    for (int64_t j = 0; j < n; ++j) row[j] = (row[j] - hardest) * T(scale_);
-    return k_.exp_in_place(row, ones, T(0), n);
+    return k_.exp_of_difference(row, hardest, T(scale_), n);
   }
 
  private:
@@ -33,7 +32,7 @@ class PowerWeight {
  public:
   explicit PowerWeight(double exponent) : exponent_(exponent) {}
 
-  T operator()(T* row, const T*, T, int64_t n, double* log_factor) const {
+  T operator()(T* row, T, int64_t n, double* log_factor) const {
     constexpr T kFloor = T(1e-4);
     *log_factor = 0;
     const bool is_small = exponent_ == std::floor(exponent_) && exponent_ >= 1 && exponent_ <= 16;

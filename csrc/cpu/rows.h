@@ -4,6 +4,20 @@
 
 namespace hicl {
 
+// What counts rows beside values of a type in vectors.
+template <typename T>
+struct RowIndexOf;
+template <>
+struct RowIndexOf<float> {
+  using type = int32_t;
+};
+template <>
+struct RowIndexOf<double> {
+  using type = int64_t;
+};
+template <typename T>
+using RowIndex = typename RowIndexOf<T>::type;
+
 template <typename T>
 struct RowKernels {
   // Σ a_d b_d
@@ -26,6 +40,12 @@ struct RowKernels {
   T (*exp_in_place_with_moment)(T* row, const T* column_scale, T offset, int64_t n, T* moment);
   // Σ_j e^(row_j − offset), the row left as it is
   T (*exp_sum)(const T* row, T offset, int64_t n);
+  // row_j = e^((row_j − offset) · scale); returns their sum
+  T (*exp_of_difference)(T* row, T offset, T scale, int64_t n);
+  // The largest and the first place where it is; NaN counts as the largest of all
+  T (*largest)(const T* row, int64_t n, int64_t* index);
+  // The same down the columns of some rows: where row r's element is larger than best_j, it is best_j, and at_j = r
+  void (*column_largest)(const T* rows, int64_t stride, int64_t count, T* best, RowIndex<T>* at, int64_t n);
   // Down the columns, one row at a time: best_j = max(best_j, row_j), then total_j += e^(row_j − best_j)
   void (*column_max)(const T* row, T* best, int64_t n);
   void (*column_exp_sum)(const T* row, const T* best, T* total, int64_t n);

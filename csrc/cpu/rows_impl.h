@@ -148,6 +148,81 @@ T exp_sum(const T* row, T offset, int64_t n) {
 }
 
 template <typename T>
+T exp_of_difference(T* row, T offset, T scale, int64_t n) {
+  Vec<T> total{};
+  update(row, n, T(kNothing), [&](Vec<T> v, int64_t, int64_t) {
+    const Vec<T> e = exp<T>((v - offset) * scale);
+    total += e;
+    return e;
+  });
+  return sum<T>(total);
+}
+
+// The largest of each part of a row first: only the best part is searched for the place.
+template <typename T>
+T largest(const T* row, int64_t n, int64_t* index) {
+  constexpr int W = kWidth<T>;
+  constexpr int64_t kPart = 256;
+  Bits<T> is_nan{};
+  T best = T(kNothing);
+  int64_t where = 0;
+  for (int64_t begin = 0; begin < n; begin += kPart) {
+    const int64_t end = begin + kPart < n ? begin + kPart : n;
+    Vec<T> even = splat(T(kNothing)), odd = even;
+    int64_t j = begin;
+    for (; j + 2 * W <= end; j += 2 * W) {
+      const Vec<T> a = load(row + j), b = load(row + j + W);
+      is_nan |= (a != a) | (b != b);
+      even = larger<T>(a, even);
+      odd = larger<T>(b, odd);
+    }
+    for (; j < end; j += W) {
+      const Vec<T> a = load_head(row + j, end - j < W ? end - j : W, T(kNothing));
+      is_nan |= a != a;
+      even = larger<T>(a, even);
+    }
+    const T found = hicl::HICL_ISA::largest<T>(larger<T>(even, odd));
+    if (found > best) best = found, where = begin;
+  }
+  bool has_nan = false;
+  for (int i = 0; i < W; ++i) has_nan |= is_nan[i] != 0;
+  *index = has_nan ? 0 : where;
+  while (has_nan ? row[*index] == row[*index] : row[*index] != best) ++*index;
+  return row[*index];
+}
+
+// Where v is larger than the best so far, it is the best, and r is its place.
+template <typename T>
+inline void offer(Vec<T> v, RowIndex<T> r, Vec<T>& best, Bits<T>& at) {
+  const Bits<T> better = (v > best) | ((v != v) & (best == best));
+  best = better ? v : best;
+  at = better ? Bits<T>{} + r : at;
+}
+
+// A few rows at a time, so that what is best is loaded and stored once for all of them.
+template <typename T>
+void column_largest(const T* rows, int64_t stride, int64_t count, T* best, RowIndex<T>* at, int64_t n) {
+  constexpr int W = kWidth<T>, kRows = 4;
+  for (int64_t r = 0; r < count; r += kRows) {
+    const int64_t end = r + kRows < count ? r + kRows : count;
+    for (int64_t j = 0; j < n; j += W) {
+      const int64_t m = n - j < W ? n - j : W;
+      Vec<T> value = part(best, j, m);
+      Bits<T> place{};
+      __builtin_memcpy(&place, at + j, m == W ? sizeof place : m * sizeof(RowIndex<T>));
+      for (int64_t i = r; i < end; ++i) offer<T>(part(rows + i * stride, j, m), i, value, place);
+      if (m == W) {
+        store(best + j, value);
+        __builtin_memcpy(at + j, &place, sizeof place);
+      } else {
+        store_head(best + j, value, m);
+        __builtin_memcpy(at + j, &place, m * sizeof(RowIndex<T>));
+      }
+    }
+  }
+}
+
+template <typename T>
 void column_max(const T* row, T* best, int64_t n) {
   update(best, n, T(0), [=](Vec<T> v, int64_t j, int64_t m) { return larger<T>(v, part(row, j, m)); });
 }
@@ -177,10 +252,21 @@ T symmetric_weigh(T* row, T row_lse, T row_weight, const T* column_lse, const T*
 
 template <typename T>
 constexpr RowKernels<T> table() {
-  return {dot<T>,          dots<T>,      scale<T>,
-          add_scaled<T>,   add_rows<T>,  combine<T>,
-          to_logits<T>,    exp_in_place<T>, exp_in_place_with_moment<T>,
-          exp_sum<T>,      column_max<T>,   column_exp_sum<T>,
+  return {dot<T>,
+          dots<T>,
+          scale<T>,
+          add_scaled<T>,
+          add_rows<T>,
+          combine<T>,
+          to_logits<T>,
+          exp_in_place<T>,
+          exp_in_place_with_moment<T>,
+          exp_sum<T>,
+          exp_of_difference<T>,
+          largest<T>,
+          column_largest<T>,
+          column_max<T>,
+          column_exp_sum<T>,
           symmetric_weigh<T>};
 }
 

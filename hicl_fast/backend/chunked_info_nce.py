@@ -11,33 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hicl_fast.ops.problem import ANGLE_CLAMP, NORM_FLOOR, Gradients, Problem, RowStatistics, Wanted
+from hicl_fast.ops.problem import ANGLE_CLAMP, Gradients, Problem, RowStatistics, Wanted
+from hicl_fast.ops.unit_rows import UnitRows
 
 # Up to ten temporaries of a chunk's size are in the allocator's hands at once; on a CPU, rows beyond some hundred gain nothing.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 _OTHER_DEVICE_CHUNK_BYTES = 256 << 20
-
-
-@dataclass
-class _Unit:
-    """Rows scaled to length 1."""
-
-    rows: Tensor  # (N, D)
-    inverse_norm: Tensor  # (N,) 0 for a zero row
-    is_tiny: Tensor  # (N,) rows below the floor: their length is held constant
-
-    @staticmethod
-    def of(x: Tensor, dtype: torch.dtype) -> _Unit:
-        rows = x.to(dtype)
-        norm = torch.linalg.vector_norm(rows, dim=1)
-        inverse = torch.where(norm == 0, 0.0, norm.clamp_min(NORM_FLOOR).reciprocal())
-        return _Unit(rows * inverse[:, None], inverse, norm < NORM_FLOOR)
-
-    def gradient(self, unit_grad: Tensor, rows: slice = slice(None)) -> Tensor:
-        """``(I − x̂ x̂ᵀ) g / ‖x‖``, in place of the gradient with respect to the unit rows."""
-        unit = self.rows[rows]
-        along = (unit_grad * unit).sum(dim=1).masked_fill_(self.is_tiny[rows], 0.0)
-        return unit_grad.addcmul_(unit, along[:, None], value=-1).mul_(self.inverse_norm[rows][:, None])
 
 
 @dataclass
@@ -101,9 +80,9 @@ class _Sweep:
         self.problem, self.wanted = problem, wanted
         self.scale = problem.scale.to(device=device, dtype=dtype)
         self.num_rows, self.num_keys = problem.query.shape[0], problem.key.shape[0]
-        self.unit_query = _Unit.of(problem.query, dtype)
+        self.unit_query = UnitRows.of(problem.query, dtype)
         self.unit_columns = [
-            _Unit.of(x, dtype) for x in (problem.key, problem.negatives, problem.bank) if x is not None
+            UnitRows.of(x, dtype) for x in (problem.key, problem.negatives, problem.bank) if x is not None
         ]
         self.num_similarities = sum(unit.rows.shape[0] for unit in self.unit_columns)
         self.column_is_wanted = [wanted.key] + [wanted.negatives] * (problem.negatives is not None)

@@ -1,8 +1,8 @@
-"""The gradient paradigm's two passes in chunks of rows: a chunk's similarities (R, N) are the largest thing there is."""
+"""The gradient paradigm's passes in chunks of rows: a chunk's similarities (R, N) are the largest thing there is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,9 @@ from torch.nn.functional import pad
 
 from hicl_fast.backend.chunked_hard_negatives import COLUMN_MULTIPLE, ROW_MULTIPLE
 from hicl_fast.backend.chunked_info_nce import CHUNK_BYTES
-from hicl_fast.ops.paradigm_engine import Combination, RowWeights, Statistics
+from hicl_fast.backend.chunked_mixed_negatives import add_in_order
+from hicl_fast.ops.paradigm_engine import Combination, RowWeights, Statistics, Term, Views
+from hicl_fast.ops.unit_rows import UnitRows, row_dot
 from hicl_fast.reference.paradigm import POWER_FLOOR
 
 _OTHER_DEVICE_CHUNK_BYTES = 256 << 20
@@ -27,6 +29,22 @@ def _power(s: Tensor, hardest: Tensor, exponent: float) -> tuple[Tensor, Tensor]
 # What each weight is of similarities (R, N), whose diagonal is overwritten afterwards, with their rows' largest (R,)
 # and its parameter: (R, N) up to a factor, and the factor's logarithm (R,).
 WEIGHTS: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {"softmax": _softmax, "power": _power}
+
+
+def views(u: Tensor, v: Tensor, dtype: torch.dtype) -> Views:
+    first, second = UnitRows.of(u, dtype), UnitRows.of(v, dtype)
+    return Views(first, second, row_dot(first.rows, second.rows))
+
+
+def gradient(unit: UnitRows, terms: Sequence[Term]) -> Tensor:
+    total = torch.zeros_like(unit.rows)
+    for rows, factor, source, target in terms:
+        of = rows if source is None else rows[source]
+        if target is None:
+            total.addcmul_(of, factor[:, None])
+        else:
+            add_in_order(total, target[:, None], (of * factor[:, None])[:, None])
+    return unit.gradient(total)
 
 
 def statistics(x: Tensor, y: Tensor, temperature: float | None, columns: bool) -> Statistics:

@@ -1,14 +1,36 @@
-"""The gradient paradigm's two passes through csrc/cpu/paradigm.cpp."""
+"""The gradient paradigm's passes through csrc/cpu/paradigm.cpp and paradigm_rows.cpp."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from hicl_fast.backend.chunked_paradigm import combine_by
-from hicl_fast.ops.paradigm_engine import Combination, Statistics
+from hicl_fast.backend.chunked_paradigm import combine_by  # a function of the user's is Python on every backend
+from hicl_fast.ops.paradigm_engine import Combination, Statistics, Term, Views
+from hicl_fast.ops.unit_rows import UnitRows
 
-__all__ = ["combine", "combine_by", "statistics"]  # a function of the user's is Python on every backend
+__all__ = ["combine", "combine_by", "gradient", "statistics", "views"]
+
+
+def views(u: Tensor, v: Tensor, dtype: torch.dtype) -> Views:
+    unit_u, unit_v, u_norm, v_norm, positive = torch.ops.hicl_fast_cpp.paradigm_views(
+        u.to(dtype).contiguous(), v.to(dtype).contiguous()
+    )
+    return Views(UnitRows(unit_u, u_norm), UnitRows(unit_v, v_norm), positive)
+
+
+def gradient(unit: UnitRows, terms: Sequence[Term]) -> Tensor:
+    rows, factors, sources, targets = zip(*terms, strict=True)
+    return torch.ops.hicl_fast_cpp.paradigm_gradient(
+        unit.rows,
+        unit.norm,
+        [x.contiguous() for x in rows],
+        [x.to(unit.rows.dtype).contiguous() for x in factors],
+        sources,
+        targets,
+    )
 
 
 def statistics(x: Tensor, y: Tensor, temperature: float | None, columns: bool) -> Statistics:

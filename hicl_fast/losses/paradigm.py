@@ -15,7 +15,7 @@ from hicl_fast.distributed import Ranks, Shares, agree, attempt, gather_rows, ra
 from hicl_fast.distributed.gathering import describe_rows
 from hicl_fast.distributed.info_nce import Part, joined_info_nce, joined_means
 from hicl_fast.losses.info_nce import mean_of_rows
-from hicl_fast.reference.paradigm import MODIFIABLE, Dissipation, Modification, Objective, Ratio, Weight
+from hicl_fast.reference.paradigm import Dissipation, Modification, Objective, Ratio, Weight
 
 
 class GradientParadigmLoss(nn.Module):
@@ -35,8 +35,8 @@ class GradientParadigmLoss(nn.Module):
         dissipation: of ``"custom"``: ``"softmax"``, a margin, ``None`` or a function of row statistics.
         weight: of ``"custom"``: ``"softmax"``, ``"uniform"``, ``"hardest"``, ``("power", p)`` or a function.
         ratio: of ``"custom"`` and of the modification ``"r"``; the paper takes 1.75 for mhe and mhs, 1.5 for the others.
-        log_gradient_terms: whether ``last`` has the gradient's parts too; of the contrastive objectives and
-            ``"custom"``; reading them takes two products.
+        log_gradient_terms: whether ``last`` has the gradient's parts too
+            (:func:`hicl_fast.analysis.gradient_terms`); reading them takes two to four products.
         backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
         gather: with several processes, the loss of the batch that they have together (docs/distributed.md): of
             ``"info_nce"`` and ``"arccon"`` a rank computes its own rows' part, of the others every rank computes all.
@@ -77,8 +77,6 @@ class GradientParadigmLoss(nn.Module):
         self.modified, self.margin = settings.modified, settings.margin
         self.temperature, self.strength = temperature, strength
         self.dissipation, self.weight, self.ratio, self.backend = dissipation, weight, ratio, backend
-        if log_gradient_terms and objective in MODIFIABLE:
-            raise ValueError(f"log_gradient_terms: expected False with {objective!r}, whose weights have signs")
         self.log_gradient_terms = log_gradient_terms
         if not isinstance(gather, bool):
             raise ValueError(f"gather: expected True or False, since most objectives look at all rows, got {gather!r}")
@@ -102,8 +100,10 @@ class GradientParadigmLoss(nn.Module):
             u,
             v,
             self.objective,
+            modified=self.modified,  # type: ignore[arg-type]
             margin=self.margin,
             temperature=self.temperature,
+            strength=self.strength,
             dissipation=self.dissipation,
             weight=self.weight,
             ratio=self.ratio,

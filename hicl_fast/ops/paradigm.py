@@ -13,7 +13,7 @@ from torch import Tensor
 from hicl_fast.backend import registry
 from hicl_fast.ops import info_nce
 from hicl_fast.ops.autograd import is_one, once_differentiable, runs_eagerly, without_autocast
-from hicl_fast.ops.paradigm_objectives import OBJECTIVES, Views
+from hicl_fast.ops.paradigm_objectives import OBJECTIVES
 from hicl_fast.ops.paradigm_settings import NUM_FIELDS, SCHEMA, Settings
 from hicl_fast.ops.problem import Problem, sum_type
 
@@ -56,11 +56,12 @@ def _as_info_nce(u: Tensor, v: Tensor, settings: Settings) -> Problem:
 
 def _run(u: Tensor, v: Tensor, settings: Settings, wants_gradients: bool, backend: str) -> _Outputs:
     with torch.no_grad(), without_autocast(u.device.type):
-        views = Views.of(u, v, sum_type(u, v))
         engine = registry.implementation("paradigm", backend)
-        loss, u_grad, v_grad, hardest = OBJECTIVES[settings.objective](views, settings, engine)
+        views = engine.views(u, v, sum_type(u, v))
+        loss, u_terms, v_terms, hardest = OBJECTIVES[settings.objective](views, settings, engine)
         if wants_gradients:
-            return loss, views.positive, hardest, views.u.gradient(u_grad), views.v.gradient(v_grad)
+            u_grad, v_grad = engine.gradient(views.u, u_terms), engine.gradient(views.v, v_terms)
+            return loss, views.positive, hardest, u_grad, v_grad
     return loss, views.positive, hardest, loss.new_empty(0), loss.new_empty(0)
 
 

@@ -1,20 +1,20 @@
-"""The two streaming passes that every objective of the gradient paradigm is made of, as a backend offers them.
+"""What every objective of the gradient paradigm is made of, as a backend offers it.
 
-Both sweep over blocks of the similarities ``s_ij = x_i·y_j`` of unit rows and leave the diagonal out:
+Two streaming passes sweep over blocks of the similarities ``s_ij = x_i·y_j`` of unit rows and leave the diagonal out:
 :meth:`Engine.statistics` keeps numbers of each row (one product), :meth:`Engine.combine` sums rows by normalised weights
-(two products). What an objective adds is O(N·D).
+(two products). Two passes over N×D numbers stand before and after them: :meth:`Engine.views` normalises the inputs,
+:meth:`Engine.gradient` puts an input's gradient together and takes it back through the norm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from hicl_fast.ops.problem import NORM_FLOOR
+from hicl_fast.ops.unit_rows import UnitRows
 
 RowWeights = Callable[[Tensor, slice], Tensor]  # similarities (R, N) of some rows -> their weights (R, N)
 
@@ -38,8 +38,33 @@ class Combination(NamedTuple):
     nearest: Tensor  # (N,) int64
 
 
+class Views(NamedTuple):
+    """The two views, normalised."""
+
+    u: UnitRows  # (N, D)
+    v: UnitRows  # (N, D)
+    positive: Tensor  # (N,) u_i·v_i
+
+
+class Term(NamedTuple):
+    """``factor_i · rows[source_i]``, a part of the gradient with respect to unit row ``target_i``; None: to or of i."""
+
+    rows: Tensor  # (N, D)
+    factor: Tensor  # (N,)
+    source: Tensor | None = None  # (N,) int64
+    target: Tensor | None = None  # (N,) int64; a row may be the target of many, or of none
+
+
 class Engine(Protocol):
-    """What a backend's module for the paradigm defines. All matrices are (N, D) in the type of the sums."""
+    """What a backend's module for the paradigm defines. All matrices are (N, D) in the type of the sums.
+
+    ``views`` and ``gradient`` are plain PyTorch in ``hicl_fast.backend.chunked_paradigm``, for any backend to take over.
+    """
+
+    def views(self, u: Tensor, v: Tensor, dtype: torch.dtype) -> Views: ...
+
+    def gradient(self, unit: UnitRows, terms: Sequence[Term]) -> Tensor:
+        """(N, D) with respect to the rows that ``unit`` was made of: ``(I − x̂ x̂ᵀ) g / ‖x‖``, g the terms' sum."""
 
     def statistics(self, x: Tensor, y: Tensor, temperature: float | None, columns: bool) -> Statistics: ...
 
@@ -48,29 +73,3 @@ class Engine(Protocol):
 
     def combine_by(self, x: Tensor, y: Tensor, t: Tensor, weights: RowWeights) -> tuple[Tensor, Tensor]:
         """(N, D) sums by weights as they come, whose diagonal is ignored, and (N,) the weights' sums."""
-
-
-@dataclass(frozen=True)
-class UnitRows:
-    """Rows scaled to length 1; a zero row stays zero."""
-
-    rows: Tensor  # (N, D)
-    inverse_norm: Tensor  # (N, 1) 0 for a zero row
-    has_constant_norm: Tensor  # (N, 1) rows below the floor
-
-    @staticmethod
-    def of(x: Tensor, dtype: torch.dtype) -> UnitRows:
-        rows = x.detach().to(dtype).contiguous()
-        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        inverse = torch.where(norm == 0, 0.0, norm.clamp_min(NORM_FLOOR).reciprocal())
-        return UnitRows(rows * inverse, inverse, norm < NORM_FLOOR)
-
-    def gradient(self, unit_grad: Tensor) -> Tensor:
-        """``(I − x̂ x̂ᵀ) g / ‖x‖``, in place of ``g`` (N, D)."""
-        along = row_dot(unit_grad, self.rows)[:, None].masked_fill_(self.has_constant_norm, 0.0)
-        return unit_grad.addcmul_(self.rows, along, value=-1).mul_(self.inverse_norm)
-
-
-def row_dot(x: Tensor, y: Tensor) -> Tensor:
-    """(N, D), (N, D) -> (N,) without a product (N, D) in memory."""
-    return torch.linalg.vecdot(x, y)

@@ -110,17 +110,24 @@ def paradigm_terms(
     v: Tensor,  # (N, D)
     objective: Objective,
     *,
+    modified: Collection[Modification] = (),
     margin: float | None = None,
     temperature: float = 0.05,
+    strength: float = 1.0,
     dissipation: Dissipation = "softmax",
     weight: Weight = "softmax",
     ratio: Ratio = 1.0,
 ) -> Terms:
-    """Dissipation, weight and ratio of each row of ``u`` against ``v``, for the contrastive losses and ``custom``.
+    """Dissipation, weight and ratio of each row of ``u``: against ``v``, and where :func:`negatives_of` says so against
+    the rest of ``u``.
 
-    They hold away from the clamps: |s| < 1 − 1e-7, and for MET squared distances above 1e-4.
+    They hold away from the clamps: |s| < 1 − 1e-7, and for MET squared distances above 1e-4. Barlow Twins as it stands
+    pulls by dimension; its ratio then is that of the part along v_i.
     """
     margin = DEFAULT_MARGIN[objective] if margin is None else margin
+    if objective in MODIFIABLE:
+        assert isinstance(ratio, (int, float))
+        return _modifiable_terms(normalise(u), normalise(v), objective, modified, margin, temperature, strength, ratio)
     s = normalise(u) @ normalise(v).T
     rows = pair_statistics(s, temperature)
     if objective == "custom":
@@ -138,11 +145,20 @@ def paradigm_terms(
     return Terms((hardest - positive < margin).to(s.dtype), at / slope[1][:, None], slope[1] / slope[0])
 
 
-def paradigm_gradient(terms: Terms, v: Tensor) -> Tensor:
-    """The paradigm's equation, averaged over rows: ``∂ mean L / ∂û`` (N, D), up to a part along û, of ``v`` (N, D)."""
+def paradigm_gradient(terms: Terms, v: Tensor, negatives: Tensor | None = None) -> Tensor:
+    """The paradigm's equation, averaged over rows: ``∂ mean L / ∂û`` (N, D), up to a part along û.
+
+    Of positives ``v`` (N, D) and of negatives (N, D), by default ``v`` too.
+    """
     v = normalise(v)
     pull = terms.weight.sum(dim=1) * terms.ratio
-    return terms.dissipation[:, None] * (terms.weight @ v - pull[:, None] * v) / len(v)
+    push = terms.weight @ (v if negatives is None else normalise(negatives))
+    return terms.dissipation[:, None] * (push - pull[:, None] * v) / len(v)
+
+
+def negatives_of(objective: Objective, u: Tensor, v: Tensor) -> Tensor:
+    """What the rows of ``u`` are pushed away from: the other view, or for three of the last four the rest of their own."""
+    return u if objective in ("mhe", "vicreg", "barlow_twins") else v
 
 
 def pair_statistics(s: Tensor, temperature: float) -> PairStatistics:
@@ -297,6 +313,49 @@ def _gradient_form(
     else:
         positive = positive_part(x, y.detach(), strength)
     return (positive + strength * (weight * (x @ x.detach().T)).sum(dim=1)).sum()
+
+
+def _modifiable_terms(
+    u: Tensor,
+    v: Tensor,
+    objective: str,
+    modified: Collection[str],
+    margin: float,
+    temperature: float,
+    strength: float,
+    ratio: float,
+) -> Terms:
+    """Of unit rows; the loss is a mean over rows, so weight and pull are N times their parts in the sum."""
+    n, own = len(u), _diagonal(u @ u.T)
+    weights, pull = [], torch.zeros_like(u[:, 0])  # of u against its negatives, and of v
+    for x, y in ((u, v), (v, u)):
+        z = y if objective == "barlow_twins" else x
+        s = (x @ y.T if objective == "mhs" else z @ z.T).masked_fill(own, -torch.inf)
+        scaled = s / (temperature if "w" in modified else 1.0)
+        if objective == "mhs":
+            w = torch.zeros_like(s).scatter(1, pair_statistics(s, 1.0).nearest[:, None], 1 / n)
+            w = w / (2 - 2 * s.amax(dim=1, keepdim=True) + DISTANCE_FLOOR).sqrt()
+        elif objective == "mhe":
+            w = (scaled - torch.logsumexp(scaled[own.logical_not().tril()], dim=0)).exp()
+            w = w / (temperature if "w" in modified else 1.0)
+        elif "w" in modified:
+            w = (scaled - torch.logsumexp(scaled.flatten(), dim=0)).exp()
+        else:
+            w = 2 * s.masked_fill(own, 0.0) / n**2
+        weights.append(strength * w)
+        if objective == "mhe":
+            pull = pull + (w.sum(dim=1) if "w" in modified else 1 / n) * (ratio if "r" in modified else 1.0)
+        elif objective == "mhs":
+            pull = pull + (ratio * w.sum(dim=1) if "r" in modified else 1 / n)
+        elif "r" in modified:
+            pull = pull + strength * ratio * w.sum(dim=1)
+    if objective in ("vicreg", "barlow_twins") and "r" not in modified:
+        by_dimension = (
+            1 - (1 - strength) * (u * v).mean(dim=0) if objective == "barlow_twins" else torch.ones_like(u[0])
+        )
+        pull = pull + 2 / n * (by_dimension * v**2).sum(dim=1) / (v**2).sum(dim=1)
+    moves = 1 - pair_statistics(u @ u.T, 1.0).hardest < margin if "gd" in modified else torch.ones_like(pull)
+    return Terms(moves.to(u.dtype), n * weights[0], pull / weights[0].sum(dim=1))
 
 
 def _vicreg_positive(x: Tensor, y: Tensor, strength: float) -> Tensor:

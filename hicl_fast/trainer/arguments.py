@@ -91,7 +91,7 @@ class MethodArguments:
     dissipation: str = _option("softmax", "paradigm, custom: softmax, none or a margin")  # type: ignore[assignment]
     weight: str = _option("softmax", "paradigm, custom: softmax, uniform, hardest, or power:3")  # type: ignore[assignment]
     log_gradient_terms: bool = _option(  # type: ignore[assignment]
-        False, "paradigm: log dissipation, weight and ratio of the contrastive objectives and custom"
+        False, "paradigm: log the means of dissipation, weight and ratio"
     )
     backend: str = _option("auto", "of the loss: auto, torch, cpp or triton")  # type: ignore[assignment]
     gather: str = _option(  # type: ignore[assignment]

@@ -28,6 +28,11 @@ REAL exp_in_place_with_moment(REAL* row, const REAL* scale, REAL offset, int64_t
   return k.exp_in_place_with_moment(row, scale, offset, n, moment);
 }
 REAL exp_sum(const REAL* row, REAL offset, int64_t n) { return k.exp_sum(row, offset, n); }
+REAL exp_of_difference(REAL* row, REAL offset, REAL scale, int64_t n) { return k.exp_of_difference(row, offset, scale, n); }
+REAL largest(const REAL* row, int64_t n, int64_t* index) { return k.largest(row, n, index); }
+void column_largest(const REAL* rows, int64_t count, REAL* best, hicl::RowIndex<REAL>* at, int64_t n) {
+  k.column_largest(rows, n, count, best, at, n);
+}
 void column_max(const REAL* row, REAL* best, int64_t n) { k.column_max(row, best, n); }
 void column_exp_sum(const REAL* row, const REAL* best, REAL* total, int64_t n) { k.column_exp_sum(row, best, total, n); }
 }

@@ -30,7 +30,7 @@ class Rows:
         converted = []
         for argument in arguments:
             if isinstance(argument, np.ndarray):
-                assert argument.dtype == self.dtype
+                assert argument.dtype == self.dtype or argument.dtype.kind == "i"
                 converted.append(argument.ctypes.data_as(ctypes.c_void_p))
             else:
                 is_length = isinstance(argument, int)
@@ -125,6 +125,46 @@ def test_columns(rows: Rows, n: int) -> None:
     expected = np.zeros(n)
     expected[1:] = np.exp(first[1:].astype(float) - best[1:]) + np.exp(second[1:].astype(float) - best[1:])
     near(rows, total, expected)
+
+
+@pytest.mark.parametrize("n", (1, 3, 8, 33, 256, 257, 520))
+def test_exp_of_difference(rows: Rows, n: int) -> None:
+    row = draw(rows, n)
+    offset = float(row.max())
+    row[n // 2] = -np.inf if n > 1 else row[0]
+    expected = np.exp((row.astype(float) - offset) * 5.0)
+    near(rows, rows("exp_of_difference", row, offset, 5.0, n), expected.sum(), size=n)
+    near(rows, row, expected, size=10)
+
+
+@pytest.mark.parametrize("n", (1, 3, 8, 33, 256, 257, 520))
+@pytest.mark.parametrize("kind", ["different", "equal", "nan", "all nan", "left out"])
+def test_largest_and_its_first_place(rows: Rows, kind: str, n: int) -> None:
+    row, generator = draw(rows, n), np.random.default_rng(n)
+    if kind == "equal":
+        row = generator.integers(0, 3, n).astype(rows.dtype)
+    elif kind == "nan":
+        row[generator.integers(0, n, 3)] = np.nan
+    elif kind != "different":
+        row[:] = np.nan if kind == "all nan" else -np.inf
+    index = np.full(1, -1, np.int64)
+    largest = rows("largest", row, n, index)
+    assert index[0] == np.argmax(row)  # which takes the first of several, and NaN for the largest
+    np.testing.assert_equal(largest, row.max())
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("count", [1, 3, 4, 6, 9])
+def test_largest_down_the_columns(rows: Rows, count: int, n: int) -> None:
+    generator = np.random.default_rng(n + count)
+    block = generator.integers(0, 4, (count, n)).astype(rows.dtype)
+    block[generator.random((count, n)) < 0.1] = np.nan
+    best = generator.integers(0, 4, n).astype(rows.dtype)
+    at = np.full(n, -1, np.int64 if rows.dtype is np.float64 else np.int32)
+    together = np.vstack((best, block))
+    rows("column_largest", block, count, best, at, n)
+    np.testing.assert_array_equal(at, np.argmax(together, axis=0) - 1)
+    np.testing.assert_array_equal(best, together.max(axis=0))
 
 
 def test_exp_over_its_whole_range(rows: Rows) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 import hicl_fast
 import hicl_fast.functional as HF
 from hicl_fast import reference
-from hicl_fast.backend import chunked_info_nce
+from hicl_fast.backend import chunked_info_nce, registry
 from hicl_fast.reference import normalise
 from hicl_fast.reference.paradigm import (
     MODIFIABLE,
@@ -112,9 +112,28 @@ def test_against_the_reference(backend: str, case: str, dtype: torch.dtype) -> N
 
 @each_backend
 @pytest.mark.parametrize(("n", "d"), [(2, 3), (3, 2), (64, 5), (65, 70), (130, 16)])
-@pytest.mark.parametrize("case", ["met", "custom", "mhe gd w r", "mhs gd", "vicreg", "barlow_twins gd w", "vicreg r"])
+@pytest.mark.parametrize(
+    "case", ["met", "custom", "mhe gd w r", "mhs gd", "vicreg", "barlow_twins gd", "barlow_twins gd w", "vicreg r"]
+)
 def test_shapes(backend: str, case: str, n: int, d: int) -> None:
     assert_as_exact_as_eager(draw(n, d), CASES[case], backend, torch.float64)
+
+
+@each_backend
+@pytest.mark.parametrize("case", ["mat", "mhs gd w r", "custom power", "mhe gd w r", "barlow_twins gd"])
+def test_more_rows_than_a_block_of_any_backend_has(backend: str, case: str) -> None:
+    assert_as_exact_as_eager(draw(1100, 6), CASES[case], backend, torch.float64)
+
+
+@each_backend
+@pytest.mark.parametrize("objective", ["mpt", "mhs"])
+def test_one_key_is_the_nearest_of_many(backend: str, objective: str) -> None:
+    u, v = draw(40, 6)
+    u += 5  # a common direction, which one key has alone
+    v[7] = 1
+    s = normalise(u) @ normalise(v).T
+    assert (s.fill_diagonal_(-1.0).argmax(dim=1) == 7).sum() > 30
+    assert_as_exact_as_eager((u, v), {"objective": objective}, backend, torch.float64)
 
 
 @each_backend
@@ -177,6 +196,18 @@ def test_met_does_not_pull_what_is_near(backend: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9)
 
 
+@each_backend
+@pytest.mark.parametrize("case", ["mat", "custom", "mhe gd w r", "mhs r", "vicreg", "barlow_twins"])
+def test_the_length_of_a_row_below_the_floor_is_constant(backend: str, case: str) -> None:
+    u, v = draw(9, 5)
+    u[2] *= 1e-14 / u[2].norm()
+    v[4] *= 5e-13 / v[4].norm()
+    exact = evaluate(reference.paradigm, (u, v), CASES[case])
+    fused = evaluate(HF.paradigm, (u, v), CASES[case] | {"backend": backend})
+    for got, expected in zip(fused, exact, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
 TRAPS = ["equal views", "opposite views", "copies", "zero rows", "all zero", "tiny"]
 
 
@@ -210,7 +241,7 @@ def test_any_shape_near_any_trap(backend: str, data: st.DataObject) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("n", [7, 70, 200])
+@pytest.mark.parametrize("n", [7, 70, 300])
 @pytest.mark.parametrize("objective", ["mpt", "met", "mat", "mhs"])
 def test_the_first_of_equal_negatives_gets_the_gradient(backend: str, objective: str, n: int) -> None:
     """Vectors of ±1 whose length is a power of two: every similarity is exact, and most are equal to others."""
@@ -225,12 +256,49 @@ def test_the_first_of_equal_negatives_gets_the_gradient(backend: str, objective:
 
 
 @each_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("n", [27, 65, 130, 205])
+def test_equal_keys_are_equal_wherever_they_lie(backend: str, n: int, dtype: torch.dtype) -> None:
+    """A BLAS treats what is left over at the edges of its tiles with code of its own."""
+    u, v = (x.to(dtype) for x in draw(n, 67))
+    v[1] = v[n - 1] = u.mean(dim=0)  # the nearest of most
+    engine = registry.implementation("paradigm", backend)
+    views = engine.views(u, v, dtype)
+    for found in (
+        engine.statistics(views.u.rows, views.v.rows, None, False),
+        engine.combine(views.u.rows, views.v.rows, views.v.rows, "softmax", 0.05),
+    ):
+        assert (found.nearest == 1).sum() > n / 2
+        assert (found.nearest == n - 1).nonzero().flatten().tolist() in ([], [1])
+
+
+@each_backend
 @pytest.mark.parametrize("case", ["mpt", "met", "mat", "mhe gd", "mhs gd w r", "vicreg gd w", "custom margin"])
 def test_no_row_passes_the_mask(backend: str, case: str) -> None:
     u = torch.eye(6, dtype=torch.float64)
     v = u + 1e-3 * torch.roll(u, 1, dims=1)
     _, u_grad, v_grad = evaluate(lambda a, b, **o: HF.paradigm(a, b, backend=backend, **o), (u, v), CASES[case])
     assert (u_grad == 0).all() and (v_grad == 0).all()
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"objective": "mhe", "modified": ("gd",)},
+        {"objective": "vicreg", "modified": ("gd", "w"), "temperature": 0.5},
+        {"objective": "custom", "dissipation": 1.0},
+    ],
+)
+def test_a_row_at_the_margin_gets_no_gradient(backend: str, options: Options) -> None:
+    u = torch.eye(6, dtype=torch.float64)  # nearest neighbours at exactly 1 − s = 1
+    v = u if options["objective"] == "custom" else u.roll(1, dims=0)
+    margin = "dissipation" if options["objective"] == "custom" else "margin"
+    at, beyond = (
+        evaluate(HF.paradigm, (u, v), options | {margin: value, "backend": backend}) for value in (1.0, 1.001)
+    )
+    assert (at[1] == 0).all() and (at[2] == 0).all()
+    assert (beyond[1] != 0).any() and (beyond[2] != 0).any()
 
 
 @each_backend
