@@ -6,8 +6,8 @@ namespace hicl::cuda {
 int launch_similarities(const SmallInfoNCE& p, void* stream) {
   return for_type(p.type, [&](auto tag) {
     using T = typename decltype(tag)::Type;
-    const int64_t blocks = int64_t(tiles_of(p.num_rows)) * p.num_column_tiles();
-    return launch(similarity_kernel<T>, blocks, kTileThreads, kSimilarityShared<T>, stream, p);
+    const int64_t blocks = int64_t(tiles_of(p.num_rows)) * p.num_sums();
+    return launch(similarity_kernel<T>, blocks, kTileThreads, kCosineShared<T>, stream, p);
   });
 }
 

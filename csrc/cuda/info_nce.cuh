@@ -9,16 +9,16 @@
 // log(1 + e^(lse of the negatives − positive)), and comes to the gradients in float32. Inputs are multiplied as they are;
 // norms go into the coefficients, which are scaled so that the largest factor of a row or column is 1.
 #pragma once
+#include "cosine_tile.cuh"
 #include "info_nce.h"
-#include "tile_product.cuh"
 
 namespace hicl::cuda {
 
 static_assert(kColumnTile == kTile, "a block sums the tile that it multiplies");
 
-constexpr float kNormFloor = 1e-12f, kLargestCosine = 1.0f - 1e-7f;
-constexpr float kMasked = -1e30f;  // for a similarity: its exponential is 0, and 0 times it is 0
-constexpr int kSimilarityStages = 4, kGradientStages = 3;
+constexpr float kLargestCosine = 1.0f - 1e-7f;
+constexpr float kMasked = -1e30f;  // for what is no negative's similarity: its exponential is 0, and 0 times it is 0
+constexpr int kGradientStages = 3;
 enum Partial { kLargestLogit, kExpSum, kMoment, kHardest };
 
 template <typename T>
@@ -42,145 +42,111 @@ __device__ __forceinline__ bool has_target(const SmallInfoNCE& p, int row) {
   return target >= 0 && target < p.num_keys;
 }
 
-// The rows of one input that are columns of the similarities.
+enum class Kind { kKeys, kNegatives, kExtra };
+
+// Columns of one kind: the rows of one input, or logits as they are.
 struct Columns {
   const void* rows;
   int count;
-  int first;         // of all columns
-  int first_padded;  // where whole tiles lie side by side
-  bool are_keys;
+  int first;       // of all columns
+  int first_tile;  // whole tiles lie side by side
+  Kind kind;
+
+  __device__ __forceinline__ bool are_keys() const { return kind == Kind::kKeys; }
+  __device__ __forceinline__ int first_padded() const { return kTile * first_tile; }
 };
-__device__ __forceinline__ Columns keys_of(const SmallInfoNCE& p) { return {p.key, p.num_keys, 0, 0, true}; }
+__device__ __forceinline__ Columns keys_of(const SmallInfoNCE& p) { return {p.key, p.num_keys, 0, 0, Kind::kKeys}; }
 __device__ __forceinline__ Columns negatives_of(const SmallInfoNCE& p) {
-  return {p.negatives, p.num_negatives, p.num_keys, kTile * tiles_of(p.num_keys), false};
+  return {p.negatives, p.num_negatives, p.num_keys, tiles_of(p.num_keys), Kind::kNegatives};
+}
+__device__ __forceinline__ Columns extra_of(const SmallInfoNCE& p) {
+  return {nullptr, p.num_extra, p.num_keys + p.num_negatives, p.num_column_tiles(), Kind::kExtra};
+}
+__device__ __forceinline__ Columns columns_of_tile(const SmallInfoNCE& p, int tile) {
+  if (tile < tiles_of(p.num_keys)) return keys_of(p);
+  return tile < p.num_column_tiles() ? negatives_of(p) : extra_of(p);
+}
+
+// Whether the row has the column among its negatives.
+__device__ __forceinline__ bool is_negative(const SmallInfoNCE& p, const Columns& columns, int row, int column) {
+  if (!columns.are_keys()) return true;
+  const bool is_in_group = p.query_group && p.query_group[row] == p.key_group[column];
+  return !is_in_group && column != target_of(p, row);
 }
 
 __device__ __forceinline__ float logit_of(const SmallInfoNCE& p, const Columns& columns, int row, int column,
                                           float similarity, float scale) {
-  const bool is_own = !columns.are_keys && row == column;
+  const bool is_own = columns.kind == Kind::kNegatives && row == column;
   return similarity * scale + (is_own ? p.own_bias : 0.0f);
 }
 
 // --- first launch ----------------------------------------------------------------------------------------------------
 
-// A norm that is infinite or NaN makes NaN of everything that it touches.
-__device__ __forceinline__ float inverse_of_norm(float squares) {
-  const float norm = sqrtf(squares);
-  return norm == 0.0f ? 0.0f : 1.0f / fmaxf(norm, kNormFloor) + (norm - norm);
-}
-
-template <typename T>
-constexpr size_t kSimilarityShared = kSimilarityStages * 2 * sizeof(T) * Block<T, kTile, kDepth<T>>::kSize;
-
-template <typename T>
-__device__ __forceinline__ float squares_of(const T* row) {
-  float sum[4] = {};
-#pragma unroll
-  for (int k = 0; k < kDepth<T>; k += Vector<T>::kSize) {
-    const Vector<T> x = *reinterpret_cast<const Vector<T>*>(row + k);
-#pragma unroll
-    for (int v = 0; v < Vector<T>::kSize; ++v) sum[v % 4] += to_float(x.element[v]) * to_float(x.element[v]);
-  }
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
-}
-
-// Two threads take a row of the tile each, every other column.
+// Two threads take a row of the tile each, every other column. The tile is of similarities, or of extra logits.
 __device__ __forceinline__ void sum_rows(const SmallInfoNCE& p, const Columns& columns, const float* tile, int stride,
                                          int first_row, int first_column, int column_tile) {
   const int r = threadIdx.x / 2, row = first_row + r;
-  const float* similarity = tile + r * stride;
+  const float* value = tile + r * stride;
+  const bool are_logits = columns.kind == Kind::kExtra;
   const float scale = scale_of(p);
+  const auto logit = [&](int c) {
+    return are_logits ? value[c] : logit_of(p, columns, row, first_column + c, value[c], scale);
+  };
   const int count = row < p.num_rows ? min(kTile, columns.count - first_column) : 0;
-  const int64_t left_out = row < p.num_rows && columns.are_keys ? target_of(p, row) - first_column : -1;
   float largest = -INFINITY, hardest = -INFINITY;
   for (int c = threadIdx.x % 2; c < count; c += 2) {
-    if (c == left_out) continue;
-    largest = fmaxf(largest, logit_of(p, columns, row, first_column + c, similarity[c], scale));
-    hardest = fmaxf(hardest, similarity[c]);
+    if (value[c] == kMasked) continue;
+    largest = fmaxf(largest, logit(c));
+    if (!are_logits) hardest = fmaxf(hardest, value[c]);
   }
   largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
   hardest = fmaxf(hardest, __shfl_xor_sync(kAllLanes, hardest, 1));
   const float offset = largest == -INFINITY ? 0.0f : largest;
   float sum = 0.0f, moment = 0.0f;
   for (int c = threadIdx.x % 2; c < count; c += 2) {
-    if (c == left_out) continue;
-    const float e = expf(logit_of(p, columns, row, first_column + c, similarity[c], scale) - offset);
-    sum += e, moment += e * similarity[c];
+    if (value[c] == kMasked) continue;
+    const float e = expf(logit(c) - offset);
+    sum += e, moment += are_logits ? 0.0f : e * value[c];
   }
   sum += __shfl_xor_sync(kAllLanes, sum, 1);
   moment += __shfl_xor_sync(kAllLanes, moment, 1);
   if (threadIdx.x % 2 || row >= p.num_rows) return;
-  const int planes = p.num_column_tiles() * p.num_rows;
+  const int plane = p.num_sums() * p.num_rows;
   float* out = p.partial + column_tile * p.num_rows + row;
-  out[kLargestLogit * planes] = largest, out[kExpSum * planes] = sum;
-  out[kMoment * planes] = moment, out[kHardest * planes] = hardest;
+  out[kLargestLogit * plane] = largest, out[kExpSum * plane] = sum;
+  out[kMoment * plane] = moment, out[kHardest * plane] = hardest;
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads) similarity_kernel(SmallInfoNCE p) {
-  using Operand = Block<T, kTile, kDepth<T>>;
-  const int column_tile = blockIdx.x % p.num_column_tiles(), row_tile = blockIdx.x / p.num_column_tiles();
-  const bool are_keys = column_tile < tiles_of(p.num_keys);
-  const Columns columns = are_keys ? keys_of(p) : negatives_of(p);
-  const int first_row = row_tile * kTile;
-  const int first_column = (column_tile - (are_keys ? 0 : tiles_of(p.num_keys))) * kTile;
-
-  T* stages = dynamic_shared<T>();
-  const int num_steps = (p.dim + kDepth<T> - 1) / kDepth<T>;
-  const auto stage = [&](int step) { return stages + step % kSimilarityStages * 2 * Operand::kSize; };
-  const auto load = [&](int step) {
-    if (step < num_steps) {
-      const int k = step * kDepth<T>;
-      Operand::load(stage(step), static_cast<const T*>(p.query), p.num_rows, p.dim, first_row, k, p.is_aligned);
-      Operand::load(stage(step) + Operand::kSize, static_cast<const T*>(columns.rows), columns.count, p.dim,
-                    first_column, k, p.is_aligned);
-    }
-    commit_copies();
-  };
-  TileProduct<T> product;
-  float squares = 0.0f;  // of a query row in the first 64 threads, of a column in the others
-  for (int step = 0; step < kSimilarityStages - 1; ++step) load(step);
-  for (int step = 0; step < num_steps; ++step) {
-    wait_for_copies<kSimilarityStages - 2>();
-    __syncthreads();
-    load(step + kSimilarityStages - 1);
-    const T* operands = stage(step);
-    squares += squares_of<T>(operands + threadIdx.x * Operand::kStride);  // the columns follow the queries
-    product.template add<true>(operands, operands + Operand::kSize);
+  const int column_tile = blockIdx.x % p.num_sums(), row_tile = blockIdx.x / p.num_sums();
+  const Columns columns = columns_of_tile(p, column_tile);
+  const int first_row = row_tile * kTile, first_column = (column_tile - columns.first_tile) * kTile;
+  if (columns.kind == Kind::kExtra) {
+    const float* extra = p.extra_logits + int64_t(first_row) * p.num_extra + first_column;
+    return sum_rows(p, columns, extra, p.num_extra, first_row, first_column, column_tile);
   }
-  __syncthreads();
 
-  // The stages' memory now holds the norms and the tile.
-  constexpr int kStride = kTile + 1;
-  float* inverse = reinterpret_cast<float*>(stages);
-  float* tile = inverse + 2 * kTile;
-  inverse[threadIdx.x] = inverse_of_norm(squares);
-  __syncthreads();
-#pragma unroll
-  for (int e = 0; e < product.kCount; ++e) {
-    const int r = product.row(e), c = product.column(e);
-    tile[r * kStride + c] = product.at(e) * inverse[r] * inverse[kTile + c];
-  }
-  __syncthreads();
-
+  const Operands<T> operands{static_cast<const T*>(p.query), static_cast<const T*>(columns.rows), p.num_rows,
+                             columns.count, p.dim, p.is_aligned};
+  const CosineTile tile = cosine_tile(operands, first_row, first_column);
   const int rows_here = min(kTile, p.num_rows - first_row), columns_here = min(kTile, columns.count - first_column);
   for (int i = threadIdx.x; i < kTile * kTile; i += kTileThreads) {
     const int r = i / kTile, c = i % kTile, row = first_row + r;
     const bool is_inside = r < rows_here && c < columns_here;
-    const bool is_positive = is_inside && columns.are_keys && first_column + c == target_of(p, row);
-    const float value = tile[r * kStride + c];
-    p.similarity[row * p.similarity_stride() + columns.first_padded + first_column + c] =
-        is_inside && !is_positive ? value : kMasked;
-    if (is_positive) p.positive[row] = value;
+    if (is_inside && columns.are_keys() && first_column + c == target_of(p, row)) p.positive[row] = tile.at(r, c);
+    if (!is_inside || !is_negative(p, columns, row, first_column + c)) tile.at(r, c) = kMasked;
+    p.similarity[row * p.similarity_stride() + column_tile * kTile + c] = tile.at(r, c);
     if (column_tile == 0 && c == 0 && r < rows_here && !has_target(p, row)) p.positive[row] = NAN;
   }
+  __syncthreads();
   const int r = threadIdx.x % kTile;
   if (threadIdx.x < kTile) {
-    if (column_tile == 0 && r < rows_here) p.inverse_norm[first_row + r] = inverse[r];
+    if (column_tile == 0 && r < rows_here) p.inverse_norm[first_row + r] = tile.inverse[r];
   } else if (row_tile == 0 && r < columns_here) {
-    p.inverse_norm[p.num_rows + columns.first + first_column + r] = inverse[kTile + r];
+    p.inverse_norm[p.num_rows + columns.first + first_column + r] = tile.inverse[kTile + r];
   }
-  sum_rows(p, columns, tile, kStride, first_row, first_column, column_tile);
+  sum_rows(p, columns, tile.cosine, CosineTile::kStride, first_row, first_column, column_tile);
 }
 
 // --- second launch ---------------------------------------------------------------------------------------------------
@@ -199,7 +165,7 @@ struct Row {
   float coefficient;   // ∂loss/∂similarity of the positive
 
   __device__ __forceinline__ Row(const SmallInfoNCE& p, int i) {
-    const int tiles = p.num_column_tiles(), plane = tiles * p.num_rows;
+    const int tiles = p.num_sums(), plane = tiles * p.num_rows;
     const float* partial = p.partial + i;
     float largest = -INFINITY;
     hardest = -INFINITY;
@@ -309,7 +275,7 @@ __device__ __forceinline__ void query_gradient(const SmallInfoNCE& p, GradientMe
   float largest = 0.0f;
   for (int j = threadIdx.x; j < p.similarity_stride(); j += kTileThreads) {
     const Columns columns = j < kTile * tiles_of(p.num_keys) ? keys_of(p) : negatives_of(p);
-    const int at = j - columns.first_padded;
+    const int at = j - columns.first_padded();
     m.set_norm(j, at < columns.count ? p.inverse_norm[p.num_rows + columns.first + at] : 0.0f);
     largest = fmaxf(largest, m.inverse[j]);
   }
@@ -335,7 +301,7 @@ __device__ __forceinline__ void query_gradient(const SmallInfoNCE& p, GradientMe
   Vector<float> similarity[kValues];
   const auto load_similarities = [&](int step) {
     if (step >= num_steps) return;
-    const int column = columns_at(step).first_padded + first_at(step) + c;
+    const int column = columns_at(step).first_padded() + first_at(step) + c;
     const float* from = p.similarity + first_row * p.similarity_stride() + column;
 #pragma unroll
     for (int v = 0; v < kValues; ++v)
@@ -353,7 +319,7 @@ __device__ __forceinline__ void query_gradient(const SmallInfoNCE& p, GradientMe
     for (int v = 0; v < kValues; ++v)
 #pragma unroll
       for (int x = 0; x < 4; ++x) {
-        const int r = row_of(v), j = columns.first_padded + column + x;
+        const int r = row_of(v), j = columns.first_padded() + column + x;
         const float s = similarity[v].element[x];
         const float logit = logit_of(p, columns, first_row + r, column + x, s, scale);
         const T stored = rounded<T>(probability(logit, m.negative_lse[r]) * (m.inverse[j] * to_stored));
@@ -431,7 +397,7 @@ __device__ __forceinline__ void column_gradient(const SmallInfoNCE& p, GradientM
   Vector<float> similarity[kValues];
   const auto load_similarities = [&](int step) {
     if (step >= num_steps) return;
-    const float* from = p.similarity + step * kDepth<T> * p.similarity_stride() + columns.first_padded + column;
+    const float* from = p.similarity + step * kDepth<T> * p.similarity_stride() + columns.first_padded() + column;
 #pragma unroll
     for (int v = 0; v < kValues; ++v)
       similarity[v] = *reinterpret_cast<const Vector<float>*>(from + row_of(v) * p.similarity_stride());
@@ -480,7 +446,7 @@ __device__ __forceinline__ void column_gradient(const SmallInfoNCE& p, GradientM
         if (d < p.dim) sum[v] += m.coefficient[i] * m.inverse[i] * to_float(query[i * p.dim + d]);
       }
     };
-    if (columns.are_keys && key < columns.count) {
+    if (columns.are_keys() && key < columns.count) {
       if (!p.target) {
         if (key < p.num_rows) take(key);
       } else {
@@ -508,18 +474,40 @@ __device__ __forceinline__ void column_gradient(const SmallInfoNCE& p, GradientM
   }
 }
 
+// 64 rows of the extra logits' gradient. A row's softmax is known to one thread, its logits to the others.
+__device__ __forceinline__ void extra_gradient(const SmallInfoNCE& p, float* negative_lse, float* to_probability,
+                                               int first_row) {
+  const int rows_here = min(kTile, p.num_rows - first_row);
+  if (int(threadIdx.x) < rows_here) {
+    const Row row(p, first_row + threadIdx.x);
+    negative_lse[threadIdx.x] = row.negative_lse, to_probability[threadIdx.x] = row.weight * row.share;
+  }
+  __syncthreads();
+  const int64_t first = int64_t(first_row) * p.num_extra;
+  for (int i = threadIdx.x; i < rows_here * p.num_extra; i += kTileThreads) {
+    const int r = i / p.num_extra;
+    p.extra_logits_grad[first + i] = to_probability[r] * probability(p.extra_logits[first + i], negative_lse[r]);
+  }
+}
+
 inline int gradient_blocks(const SmallInfoNCE& p) {
   const int tiles = (p.query_grad ? tiles_of(p.num_rows) : 0) + (p.key_grad ? tiles_of(p.num_keys) : 0) +
                     (p.negatives_grad ? tiles_of(p.num_negatives) : 0);
-  return 1 + tiles * tiles_of(p.dim);
+  return 1 + (p.extra_logits_grad ? tiles_of(p.num_rows) : 0) + tiles * tiles_of(p.dim);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads, 2) gradient_kernel(SmallInfoNCE p) {
   GradientMemory<T>& memory = *dynamic_shared<GradientMemory<T>>();
   if (blockIdx.x == 0) return summarise(p, memory.scratch);
-  const int first_dim = int(blockIdx.x - 1) % tiles_of(p.dim) * kTile;
-  int tile = int(blockIdx.x - 1) / tiles_of(p.dim);
+  int block = int(blockIdx.x) - 1;
+  if (p.extra_logits_grad) {
+    if (block < tiles_of(p.num_rows))
+      return extra_gradient(p, memory.negative_lse, memory.factor, block * kTile);
+    block -= tiles_of(p.num_rows);
+  }
+  const int first_dim = block % tiles_of(p.dim) * kTile;
+  int tile = block / tiles_of(p.dim);
   if (p.query_grad) {
     if (tile < tiles_of(p.num_rows)) return query_gradient(p, memory, tile * kTile, first_dim);
     tile -= tiles_of(p.num_rows);

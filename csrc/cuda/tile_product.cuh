@@ -16,6 +16,18 @@ constexpr int kDepth = 128 / int(sizeof(T));
 template <typename T>
 constexpr int kPadding = Vector<T>::kSize;
 
+// The first `count` elements of 16 bytes of a row, zeros beyond them. Where rows are aligned they arrive with the group of
+// copies that they are committed in, all or none of them; `somewhere` is an address that can be read.
+template <typename T>
+__device__ __forceinline__ void load_vector(T* to, const T* from, int count, const T* somewhere, bool is_aligned) {
+  if (is_aligned) {
+    copy_async(to, count > 0 ? from : somewhere, count > 0 ? 16 : 0);
+  } else {
+#pragma unroll
+    for (int v = 0; v < Vector<T>::kSize; ++v) to[v] = v < count ? from[v] : rounded<T>(0.0f);
+  }
+}
+
 // kRows × kWidth elements of a matrix in shared memory, zeros beyond its edges.
 template <typename T, int kRows, int kWidth>
 struct Block {
@@ -28,15 +40,7 @@ struct Block {
     for (int i = threadIdx.x; i < kRows * kPerRow; i += kTileThreads) {
       const int r = row + i / kPerRow, c = column + i % kPerRow * Vector<T>::kSize;
       T* place = to + i / kPerRow * kStride + i % kPerRow * Vector<T>::kSize;
-      const T* from = matrix + int64_t(r) * columns + c;
-      if (is_aligned) {
-        const bool is_inside = r < rows && c < columns;
-        copy_async(place, is_inside ? from : matrix, is_inside ? 16 : 0);
-      } else {
-#pragma unroll
-        for (int v = 0; v < Vector<T>::kSize; ++v)
-          place[v] = r < rows && c + v < columns ? from[v] : rounded<T>(0.0f);
-      }
+      load_vector(place, matrix + int64_t(r) * columns + c, r < rows ? columns - c : 0, matrix, is_aligned);
     }
   }
 };

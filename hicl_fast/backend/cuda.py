@@ -6,11 +6,13 @@ import importlib
 
 import torch
 
+from hicl_fast.backend import cuda_hard_negatives as hard_negatives
 from hicl_fast.backend import cuda_info_nce as info_nce
+from hicl_fast.backend import cuda_mixed_negatives as mixed_negatives
 from hicl_fast.backend import cuda_segment_pool as segment_pool
 from hicl_fast.backend.registry import BackendStatus, Call
 
-__all__ = ["info_nce", "refusal", "segment_pool", "status"]
+__all__ = ["hard_negatives", "info_nce", "mixed_negatives", "refusal", "segment_pool", "status"]
 
 # The device that the loaded operators take; the tests, which load emulated ones, say "cpu".
 DEVICE_TYPE = "cuda"

@@ -30,13 +30,17 @@ def _run(
     def ready(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().to(dtype).contiguous()
 
+    extra = problem.extra_logits
+    groups = (None, None) if problem.same_group == "negative" else (problem.query_group, problem.key_group)
     is_known = problem.scale.device.type == "cpu"
     with torch._C._AutoDispatchBelowAutograd():
-        loss, negative_lse, positive, hardest, total, query, key, negatives, scale = _operator()(
+        loss, negative_lse, positive, hardest, total, *gradients = _operator()(
             ready(problem.query),
             ready(problem.key),
             None if problem.target is None else problem.target.contiguous(),
             ready(problem.negatives),
+            None if extra is None else extra.detach().to(torch.float32).contiguous(),
+            *(None if x is None else x.contiguous() for x in groups),
             loss_grad,
             None if is_known else problem.scale.detach().to(torch.float32),
             float(problem.scale) if is_known else 0.0,
@@ -46,8 +50,9 @@ def _run(
             sum(1 << bit for bit, is_wanted in enumerate(wanted) if is_wanted),
         )
     nothing = loss.new_empty(0)
-    statistics = RowStatistics(loss, negative_lse, nothing, positive, hardest, total)
-    return statistics, Gradients(query, key, negatives, nothing, scale if wanted.scale else nothing)
+    statistics = RowStatistics(loss, negative_lse, nothing, positive, hardest, total=total)
+    found = Gradients(*gradients)
+    return statistics, found if wanted.scale else found._replace(scale=nothing)
 
 
 @functools.cache

@@ -1,29 +1,37 @@
-"""What an InfoNCE call asks beyond the plain one, in the words in which a backend refuses it."""
+"""What a call asks beyond the plain one, in the words in which a backend refuses it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hicl_fast.ops.problem import Problem
 
 SMALL = 1024  # rows, columns of each kind, and dimensions
+FEW_MIXED = 64  # of a row's negatives
+_MORE = (f"more than {SMALL} rows, columns or dimensions",)
+
+
+def of_rows(*inputs: Tensor) -> tuple[str, ...]:
+    """Of a call on the rows of these matrices."""
+    return _MORE if max([size for x in inputs for size in x.shape]) > SMALL else ()
+
+
+def of_mixing(query: Tensor, bank: Tensor, index: Tensor) -> tuple[str, ...]:
+    more = (f"more than {FEW_MIXED} negatives of a row",) if index.shape[1] > FEW_MIXED else ()
+    return (*of_rows(query, bank), *more)
 
 
 def features(problem: Problem) -> tuple[str, ...]:
     # The conditions are Python's own, so that a compiler tracing the call can settle them.
-    found = []
-    sizes = [*problem.query.shape, problem.key.shape[0]]
-    if problem.negatives is not None:
-        sizes.append(problem.negatives.shape[0])
-    if max(sizes) > SMALL:
-        found.append(f"more than {SMALL} rows, columns or dimensions")
+    columns = (problem.key, problem.negatives, problem.extra_logits)
+    found = list(of_rows(problem.query, *(x for x in columns if x is not None)))
     if problem.bank is not None:
         found.append("a bank")
-    if problem.extra_logits is not None:
-        found.append("extra logits")
-    if problem.query_group is not None and problem.same_group != "negative":
-        found.append("groups")
+    if problem.query_group is not None and problem.same_group == "positive":
+        found.append("several positives")
     if problem.symmetric:
         found.append("a symmetric loss")
     return tuple(found)

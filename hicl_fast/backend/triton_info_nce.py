@@ -27,6 +27,7 @@ from hicl_fast.ops.problem import Gradients, Problem, RowStatistics, Wanted
 
 CHUNK_BYTES = 1 << 30  # of stored slopes, unless that makes chunks too low
 MIN_CHUNK_ROWS = 2048  # below that, reading and writing dK̂ once a chunk takes longer than its product
+MOST_CHUNK_BYTES = 4 << 30  # never more, but for a single tile's rows: 2048 rows of a million 16-bit columns
 _ALIGNMENT = 64  # columns; the library's fast products want rows that begin at a multiple of 16 bytes
 
 # Spread of the logits, 2 · scale + |hard_negative_weight|, up to which one offset serves all rows: exponentials from
@@ -118,8 +119,7 @@ class _Sweeps:
     def chunks(self) -> list[slice]:
         num_rows = self.operands.num_rows
         row_bytes = sum(self.widths) * self.operands.query.x.element_size()
-        size = max(CHUNK_BYTES // row_bytes, min(MIN_CHUNK_ROWS, num_rows))
-        size = -(-size // self.wide.tile.rows) * self.wide.tile.rows
+        size = chunk_rows(row_bytes, self.wide.tile.rows)
         return [slice(begin, min(begin + size, num_rows)) for begin in range(0, num_rows, size)]
 
     # --- one sweep ---------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class _Sweeps:
             row_factor *= scale
             coefficient[rows] = -negative_share * scale * _at(operands.margin_slope, rows)
             query = operands.query[rows]
-            scaled_query = launch.scale_rows(query.x, row_factor * query.inverse)
+            scaled_query = operands.row_kernels.scale_rows(query.x, row_factor * query.inverse)
             gradients.add(rows, slopes, row_factor, scaled_query, coefficient[rows])
 
         loss = _log1p_exp(negative_lse - operands.positive_logit)
@@ -246,7 +246,7 @@ class _Sweeps:
             if self.wanted.scale:
                 scale_grad += (how.row_factor[rows] * dot.sum(dim=0)).sum() / scale
             query = operands.query[rows]
-            scaled_query = launch.scale_rows(query.x, how.query_factor[rows] * query.inverse)
+            scaled_query = operands.row_kernels.scale_rows(query.x, how.query_factor[rows] * query.inverse)
             gradients.add(rows, slopes, how.row_factor[rows], scaled_query, coefficient[rows])
         columns = gradients.columns(how.column_factor, coefficient)
         return self._gradients(gradients.query, *columns, extra_grad, scale_grad)
@@ -313,6 +313,12 @@ class _Sweeps:
 
     def _gradients(self, query: Tensor, key: Tensor, negatives: Tensor, extra: Tensor, scale: Tensor) -> Gradients:
         return Gradients(query, key, negatives, extra, scale.reshape(()) if self.wanted.scale else scale.new_empty(0))
+
+
+def chunk_rows(row_bytes: int, tile_rows: int) -> int:
+    """How many rows are swept at a time where a row's slopes take ``row_bytes``: whole tiles, at least one."""
+    num_rows = max(CHUNK_BYTES // row_bytes, min(MIN_CHUNK_ROWS, MOST_CHUNK_BYTES // row_bytes))
+    return max(num_rows // tile_rows, 1) * tile_rows
 
 
 def _at(x: Tensor | float, rows: slice) -> Tensor | float:

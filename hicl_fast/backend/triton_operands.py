@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hicl_fast.backend.row_kernels import row_kernels
 from hicl_fast.kernels import launch
 from hicl_fast.kernels.launch import Columns, Rows
 from hicl_fast.ops.problem import ANGLE_CLAMP, NORM_FLOOR, Problem
@@ -27,6 +28,7 @@ class Operands:
         device = problem.query.device
         self.problem = problem
         self.dtype, self.precision = operand_type(problem)
+        self.row_kernels = row_kernels(device)
         # The host's number is written by a kernel: a copy from its memory would be waited for.
         self.scale = (
             torch.full((1,), float(problem.scale), dtype=torch.float32, device=device)
@@ -44,7 +46,7 @@ class Operands:
         self._add(problem.negatives, for_query_gradient, own, problem.hard_negative_weight)
         self._add(problem.bank, for_query_gradient)
 
-        self.positive = launch.positive_similarity(self.query, self.columns[0].vectors, self.target)  # (N,)
+        self.positive = self.row_kernels.positive_similarity(self.query, self.columns[0].vectors, self.target)  # (N,)
         self.with_margin, self.margin_slope = _with_margin(self.positive, problem.margin)
         self.positive_logit = self.with_margin * self.scale
 
@@ -69,7 +71,7 @@ class Operands:
     def _ready(self, x: Tensor, wants_unit: bool) -> tuple[Rows, Tensor | None]:
         operand = x.detach().to(self.dtype).contiguous()
         unit = torch.empty_like(operand) if wants_unit else None
-        return launch.normalise(operand, NORM_FLOOR, unit), unit
+        return self.row_kernels.normalise(operand, NORM_FLOOR, unit), unit
 
     @property
     def has_several_positives(self) -> bool:
@@ -110,10 +112,14 @@ def operand_type(problem: Problem) -> tuple[torch.dtype, str]:
         dtype = torch.bfloat16
     if dtype == torch.bfloat16 and launch.INTERPRETING and not INTERPRETER_KNOWS_BF16:
         dtype = torch.float32
+    return dtype, float32_precision(problem.query) if dtype == torch.float32 else "ieee"
+
+
+def float32_precision(x: Tensor) -> str:
+    """How products of float32 are rounded on x's device, as PyTorch's settings have it: "ieee" or "tf32"."""
     # AMD's matrix units have no tf32 beyond one generation.
-    has_tf32 = problem.query.is_cuda and not torch.version.hip
-    tf32 = dtype == torch.float32 and has_tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return dtype, "tf32" if tf32 else "ieee"
+    has_tf32 = x.is_cuda and not torch.version.hip
+    return "tf32" if has_tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @contextlib.contextmanager

@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from hicl_fast.backend.triton_operands import Operands
-from hicl_fast.kernels import launch
 from hicl_fast.kernels.launch import Partners
 from hicl_fast.ops.problem import NORM_FLOOR, Wanted
 
 
 def matmul(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
     """``a @ b`` in float32, added to ``onto`` in place if that is given."""
-    if a.is_cuda and a.dtype != torch.float32:
+    if not a.is_cpu and a.dtype != torch.float32:
         if onto is None:
             return torch.mm(a, b, out_dtype=torch.float32)
         return torch.addmm(onto, a, b, out_dtype=torch.float32, out=onto)
@@ -29,7 +28,7 @@ class InputGradients:
         self._column_is_wanted = [wanted.key, wanted.negatives and operands.problem.negatives is not None, False]
         self._column_products: list[Tensor | None] = [None] * len(operands.columns)
         self._wants_query = wanted.query
-        self.query = self._empty(operands.problem.query, wanted.query)
+        self.query = operands.positive.new_empty(operands.problem.query.shape if wanted.query else (0,))
 
     def add(
         self,
@@ -47,29 +46,26 @@ class InputGradients:
                     product = matmul(slope, unit, onto=product)
             assert product is not None  # there is at least one key
             partners = Partners(operands.columns[0].vectors, coefficient, operands.target[rows])
-            launch.gradient(product, row_factor, operands.query[rows], partners, NORM_FLOOR, self.query[rows])
+            by_row = operands.row_kernels.gradient
+            by_row(product, row_factor, operands.query[rows], partners, NORM_FLOOR, self.query[rows])
         for i, slope in enumerate(slopes):
             if self._column_is_wanted[i]:
                 self._column_products[i] = matmul(slope.T, scaled_query, onto=self._column_products[i])
 
     def columns(self, factor: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of key (M, D) and negatives (P, D); ``factor`` (1,) undoes the scaled query's, coefficient (N,)."""
-        operands, problem = self._operands, self._operands.problem
+        operands = self._operands
         by_target = operands.rows_by_target if self._column_is_wanted[0] else None
         index, begin = (None, None) if by_target is None else by_target
-        key = self._empty(problem.key, self._column_is_wanted[0])
-        self._finish(0, factor, Partners(operands.query, coefficient, index, begin), key)
-        negatives = self._empty(problem.negatives, self._column_is_wanted[1])
-        self._finish(1, factor, None, negatives)
-        return key, negatives
+        key = self._finish(0, factor, Partners(operands.query, coefficient, index, begin))
+        return key, self._finish(1, factor, None)
 
-    def _finish(self, i: int, factor: Tensor, partners: Partners | None, out: Tensor) -> None:
+    def _finish(self, i: int, factor: Tensor, partners: Partners | None) -> Tensor:
+        """The gradient of a kind of column, in its product's memory; empty where it isn't wanted."""
         if not self._column_is_wanted[i]:
-            return
+            return self._operands.positive.new_empty(0)
         product, vectors = self._column_products[i], self._operands.columns[i].vectors
         assert product is not None  # there is at least one row
-        launch.gradient(product, factor.expand(product.shape[0]), vectors, partners, NORM_FLOOR, out)
-
-    def _empty(self, like: Tensor | None, is_wanted: bool) -> Tensor:
-        shape = like.shape if is_wanted and like is not None else (0,)
-        return self._operands.positive.new_empty(shape)
+        by_row = self._operands.row_kernels.gradient
+        by_row(product, factor.expand(product.shape[0]), vectors, partners, NORM_FLOOR, product)
+        return product

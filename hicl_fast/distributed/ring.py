@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hicl_fast.backend import registry
+from hicl_fast.backend.features import features
 from hicl_fast.distributed.agreement import Shares
 from hicl_fast.distributed.ranks import Ranks
 from hicl_fast.ops.autograd import once_differentiable
@@ -226,7 +227,8 @@ def _flat(problem: Problem) -> list[Any]:
 
 
 def _choose(problem: Problem, settings: Settings) -> str:
-    return registry.choose(settings.backend, "info_nce", problem.query.device.type, problem.dtype)
+    device_type = problem.query.device.type
+    return registry.choose(settings.backend, "info_nce", device_type, problem.dtype, features(problem))
 
 
 def _score(problem: Problem, settings: Settings) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hicl_fast.backend import registry
+from hicl_fast.backend import features, registry
 from hicl_fast.ops.autograd import runs_eagerly, without_autocast
 from hicl_fast.ops.problem import sum_type
 
@@ -26,7 +26,9 @@ def apply(
     exclude_target: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # (N, k), (N, k) int64
-    backend = registry.choose(backend, "hard_negatives", query.device.type, sum_type(query, key))
+    backend = registry.choose(
+        backend, "hard_negatives", query.device.type, sum_type(query, key), features.of_rows(query, key)
+    )
     eager = runs_eagerly(query, key, target, query_group, key_group)
     run = _run if eager else torch.ops.hicl_fast.hard_negatives
     return run(query.detach(), key.detach(), k, target, query_group, key_group, exclude_target, backend)

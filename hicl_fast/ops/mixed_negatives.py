@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hicl_fast.backend import registry
+from hicl_fast.backend import features, registry
 from hicl_fast.ops.autograd import once_differentiable, runs_eagerly, without_autocast
 from hicl_fast.ops.problem import sum_type
 
@@ -34,7 +34,8 @@ def apply(
     scale: Tensor,  # () 1 / temperature
     backend: str,
 ) -> Tensor:  # (N, m)
-    backend = registry.choose(backend, "mixed_negatives", query.device.type, sum_type(query, bank))
+    asked = features.of_mixing(query, bank, index)
+    backend = registry.choose(backend, "mixed_negatives", query.device.type, sum_type(query, bank), asked)
     if runs_eagerly(query, bank, index, pairs, scale):
         _check_scale(scale)
         cosine, _ = _MixedNegatives.apply(query, bank, index, pairs, alpha, backend)

@@ -296,6 +296,9 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 }
 using std::min;
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned __float_as_uint(float x) { return unsigned(hicl::emulation::to_bits(x)); }
+inline float __uint_as_float(unsigned bits) { return hicl::emulation::from_bits<float>(bits); }
 
 // --- the platform that csrc/cuda/platform.cuh asks for ---------------------------------------------------------------
 

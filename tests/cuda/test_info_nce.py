@@ -28,6 +28,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "key_group": torch.zeros(70).long(),
         "same_group": "negative",
     },
+    "groups": {"query_group": torch.arange(37) % 5, "key_group": torch.arange(70) % 7},
+    "groups and targets": {
+        "query_group": torch.arange(37) % 5,
+        "key_group": torch.arange(70) % 5,
+        "target": torch.arange(37) * 3 % 70,
+    },
     "targets, several of one key": {"target": torch.arange(37) % 5 * 13},
 }
 
@@ -38,7 +44,9 @@ def rows(n: int, d: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return (torch.randn(n, d, generator=generator) * sizes).to(dtype)
 
 
-def draw(n: int, m: int, d: int, dtype: torch.dtype, *, negatives: int = 0, learned: bool = False) -> dict[str, Tensor]:
+def draw(
+    n: int, m: int, d: int, dtype: torch.dtype, *, negatives: int = 0, extra: int = 0, learned: bool = False
+) -> dict[str, Tensor]:
     query, key = rows(n, d, dtype), rows(m, d, dtype, seed=1)
     shared = min(n, m)
     direction = torch.nn.functional.normalize(query[:shared:2].float(), dim=1)
@@ -46,6 +54,8 @@ def draw(n: int, m: int, d: int, dtype: torch.dtype, *, negatives: int = 0, lear
     inputs = {"query": query, "key": key}
     if negatives:
         inputs["negatives"] = rows(negatives, d, dtype, seed=2)
+    if extra:
+        inputs["extra_logits"] = 5 * torch.randn(n, extra, generator=torch.Generator().manual_seed(extra))
     if learned:
         inputs["temperature"] = torch.tensor(0.07)
     return inputs
@@ -91,17 +101,17 @@ def test_options(options: dict[str, Any], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("weight", [0.0, 1.5])
-def test_negatives_and_a_learned_temperature(weight: float, dtype: torch.dtype) -> None:
-    inputs = draw(37, 70, 40, dtype, negatives=37, learned=True)
+def test_negatives_extra_logits_and_a_learned_temperature(weight: float, dtype: torch.dtype) -> None:
+    inputs = draw(37, 70, 40, dtype, negatives=37, extra=9, learned=True)
     assert_exact(inputs, {"hard_negative_weight": weight, "margin": 0.2}, dtype)
 
 
 # Tiles are 64 × 64; a step is 32 float32 or 64 16-bit dimensions; odd widths are not copied by 16 bytes.
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("size", [2, 63, 64, 65, 130])
-@pytest.mark.parametrize("dimension", ["n", "m", "d", "negatives"])
+@pytest.mark.parametrize("dimension", ["n", "m", "d", "negatives", "extra"])
 def test_every_tile_edge(dimension: str, size: int, dtype: torch.dtype) -> None:
-    sizes = {"n": 8, "m": 9, "d": 24, "negatives": 3, dimension: size}
+    sizes = {"n": 8, "m": 9, "d": 24, "negatives": 3, "extra": 5, dimension: size}
     options = {"target": torch.arange(sizes["n"]) % sizes["m"]} if sizes["n"] > sizes["m"] else {}
     # In a plane little is left of a gradient once its part along the row is taken away, but all of its rounding.
     assert_exact(draw(**sizes, dtype=dtype), options, dtype, slack=10 if sizes["d"] == 2 else 1)
@@ -109,14 +119,14 @@ def test_every_tile_edge(dimension: str, size: int, dtype: torch.dtype) -> None:
 
 def test_orders_of_warps_and_lanes(order: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        assert_exact(draw(66, 67, 136, dtype, negatives=66), {"hard_negative_weight": 0.5}, dtype)
+        assert_exact(draw(66, 67, 136, dtype, negatives=66, extra=70), {"hard_negative_weight": 0.5}, dtype)
 
 
 def test_two_runs_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for order in ("0", "5"):
         monkeypatch.setenv("HICL_EMULATION_ORDER", order)
-        results.append(run(HF.info_nce, draw(70, 70, 72, torch.bfloat16), {"backend": "cuda"}))
+        results.append(run(HF.info_nce, draw(70, 70, 72, torch.bfloat16, extra=3), {"backend": "cuda"}))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -142,16 +152,30 @@ def test_zero_rows_get_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["query", "key", "negatives"])
+@pytest.mark.parametrize("where", ["query", "key", "negatives", "extra_logits"])
 def test_what_is_not_finite_shows(where: str, value: float) -> None:
-    inputs = draw(20, 20, 24, torch.float32, negatives=4)
+    inputs = draw(20, 20, 24, torch.float32, negatives=4, extra=2)
     inputs[where][3, 1] = value
     loss, *_ = run(HF.info_nce, inputs, {"backend": "cuda"})
     assert loss.isnan()
 
 
+def test_extra_logits_may_be_minus_infinity() -> None:
+    inputs = draw(20, 20, 24, torch.float32, extra=3)
+    inputs["extra_logits"][:, 1] = -torch.inf
+    inputs["extra_logits"][4] = -torch.inf
+    exact = run(reference.info_nce, {name: x.double() for name, x in inputs.items()}, {})
+    ours = run(HF.info_nce, inputs, {"backend": "cuda"})
+    assert max(errors_of(ours, exact)) <= 1e-5 and not ours[3][4].any()
+
+
+def test_extra_logits_alone() -> None:
+    inputs = {"query": rows(1, 8, torch.float32), "key": rows(1, 8, torch.float32, seed=1)}
+    assert_exact({**inputs, "extra_logits": torch.tensor([[3.0, 20.0]])}, {}, torch.float32)
+
+
 def test_statistics() -> None:
-    inputs = draw(20, 25, 24, torch.float32, negatives=4)
+    inputs = draw(20, 25, 24, torch.float32, negatives=4, extra=4)
     expected = HF.info_nce_with_statistics(**inputs, backend="torch")
     got = HF.info_nce_with_statistics(**inputs, backend="cuda")
     for ours, right in zip(got[:3], expected[:3], strict=True):
@@ -171,7 +195,7 @@ def test_a_temperature_that_only_the_device_knows() -> None:
     inputs, scale = draw(20, 20, 24, torch.float32), 20.0
     known, unknown = (
         torch.ops.hicl_fast_cuda.small_info_nce(
-            inputs["query"], inputs["key"], None, None, None, tensor, number, 0.05, 0.0, 0.0, 19
+            inputs["query"], inputs["key"], *6 * [None], tensor, number, 0.05, 0.0, 0.0, 19
         )
         for tensor, number in ((None, scale), (torch.tensor(scale), 0.0))
     )
@@ -183,21 +207,22 @@ def test_a_target_out_of_range_on_the_device_makes_nan() -> None:
     target = torch.arange(20)
     target[3] = 20
     loss, *_ = torch.ops.hicl_fast_cuda.small_info_nce(
-        inputs["query"], inputs["key"], target, None, None, None, 20.0, 1.0, 0.0, 0.0, 0
+        inputs["query"], inputs["key"], target, *6 * [None], 20.0, 1.0, 0.0, 0.0, 0
     )
     assert loss[3].isnan() and loss.isnan().sum() == 1
 
 
-REFUSED: dict[str, dict[str, Any]] = {
-    "a bank": {"bank": torch.ones(2, 8)},
-    "extra logits": {"extra_logits": torch.ones(4, 1)},
-    "groups": {"query_group": torch.arange(4), "key_group": torch.arange(4)},
-    "a symmetric loss": {"symmetric": True},
-    "more than 1024 rows, columns or dimensions": {"negatives": torch.ones(1025, 8)},
-}
+TOO_MANY = "more than 1024 rows, columns or dimensions"
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    ("a bank", {"bank": torch.ones(2, 8)}),
+    ("several positives", {"query_group": torch.arange(4), "key_group": torch.arange(4), "same_group": "positive"}),
+    ("a symmetric loss", {"symmetric": True}),
+    (TOO_MANY, {"negatives": torch.ones(1025, 8)}),
+    (TOO_MANY, {"extra_logits": torch.ones(4, 1025)}),
+]
 
 
-@pytest.mark.parametrize(("what", "options"), REFUSED.items(), ids=REFUSED)
+@pytest.mark.parametrize(("what", "options"), REFUSED, ids=[f"{what}, {list(options)[0]}" for what, options in REFUSED])
 def test_what_it_leaves_to_others(what: str, options: dict[str, Any]) -> None:
     with pytest.raises(BackendError, match=f"does not take {what}. Those that can: torch"):
         HF.info_nce(torch.ones(4, 8), torch.ones(4, 8), backend="cuda", **options)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import hicl_fast
 import hicl_fast.functional as HF
@@ -20,6 +21,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "plain": {},
     "margin": {"margin": 0.17},
     "own negatives": {"negatives": True, "hard_negative_weight": 0.5},
+    "groups and extra logits": {"groups": True, "extra_logits": True},
     "sharp": {"temperature": 0.01},
 }
 
@@ -69,16 +71,99 @@ def test_segment_pool(d: int, lengths: list[int], dtype: torch.dtype) -> None:
         torch.testing.assert_close(got, exact, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("n", "m", "d", "k"), [(64, 64, 768, 10), (257, 300, 95, 63), (512, 512, 768, 10), (1024, 1024, 1024, 128)]
+)
+def test_hard_negatives(dtype: torch.dtype, n: int, m: int, d: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    query, key = (torch.randn(rows, d, generator=generator).to(dtype) for rows in (n, m))
+    similarity, index = HF.hard_negatives(query.to(DEVICE), key.to(DEVICE), k, backend="cuda")
+    exact, _ = reference.hard_negatives(query.double(), key.double(), k)
+    every = reference.normalise(query.double()) @ reference.normalise(key.double()).T
+    assert (similarity.cpu().double() - exact).abs().max() <= 2e-6
+    assert (every.gather(1, index.cpu()) - exact).abs().max() <= 2e-6
+    assert (index.sort(dim=1).values.diff(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("m", [70, 300, 1024])
+def test_equal_keys_come_in_their_order(dtype: torch.dtype, m: int) -> None:
+    """The same product wherever a key lies in a tile: what ties rest on."""
+    generator = torch.Generator().manual_seed(m)
+    query, few = (torch.randn(rows, 200, generator=generator).to(dtype) for rows in (100, 4))
+    which = torch.randint(0, 4, (m,), generator=generator)
+    k = min(m, 128)
+    _, index = HF.hard_negatives(query.to(DEVICE), few[which].to(DEVICE), k, exclude_target=False, backend="cuda")
+    exact = (reference.normalise(query.double()) @ reference.normalise(few.double()).T)[:, which]
+    assert torch.equal(index.cpu(), exact.sort(dim=1, descending=True, stable=True).indices[:, :k])
+
+
+def mixed_logits(
+    function: Any, query: Tensor, key: Tensor, index: Tensor, pairs: Tensor, **options: Any
+) -> list[Tensor]:
+    """Logits and gradients, in float64 on the CPU."""
+    leaves = [x.clone().requires_grad_() for x in (query, key)]
+    logits = function(*leaves, index, pairs, alpha=0.3, **options)
+    gradients = torch.autograd.grad(logits, leaves, torch.linspace(-10, 20, logits.numel()).view_as(logits).to(logits))
+    return [x.detach().cpu().double() for x in (logits, *gradients)]
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("n", "d", "k", "num_mixed"), [(5, 40, 3, 7), (70, 75, 10, 40), (37, 264, 64, 130)])
+def test_mixed_negatives(dtype: torch.dtype, n: int, d: int, k: int, num_mixed: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    query, key = (torch.randn(rows, d, generator=generator).to(dtype) for rows in (n, 2 * n))
+    index, pairs = torch.randint(0, n, (n, k), generator=generator), HF.random_pairs(n, num_mixed, k, seed=0)
+    on_device = (x.to(DEVICE) for x in (query, key, index, pairs))
+    got = mixed_logits(HF.mixed_negative_logits, *on_device, backend="cuda")
+    exact = mixed_logits(reference.mixed_negative_logits, query.double(), key.double(), index, pairs)
+    for g, e in zip(got, exact, strict=True):
+        assert (g - e).norm() <= TOLERANCE[dtype] * e.norm()
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize(("n", "m", "k"), [(37, 70, 10), (9, 300, 20)])
+def test_hard_negatives_small(n: int, m: int, k: int) -> None:
+    query, key = torch.randn(n, 72, device=DEVICE), torch.randn(m, 72, device=DEVICE)
+    similarity, _ = HF.hard_negatives(query, key, k, backend="cuda")
+    exact, _ = reference.hard_negatives(query.cpu().double(), key.cpu().double(), k)
+    torch.testing.assert_close(similarity.cpu().double(), exact, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("n", "d"), [(64, 768), (256, 768), (512, 384)])
+def test_info_nce_with_mixing(dtype: torch.dtype, n: int, d: int) -> None:
+    inputs, _ = draw(n, d, dtype, {})
+    mixing = HF.Mixing(10, HF.random_pairs(n, 40, 10, seed=0), 0.5)
+    on_device = HF.Mixing(10, mixing.pairs.to(DEVICE), 0.5)
+    query, key = (x.to(DEVICE, dtype) for x in inputs.values())
+    chosen = HF.info_nce_with_statistics(query, key, mixing=on_device, backend="cuda").hard_negatives.cpu()
+
+    def composed(query: Tensor, key: Tensor) -> Tensor:
+        mixed = reference.mixed_negative_logits(query, key, chosen, mixing.pairs, temperature=0.05)
+        return reference.info_nce(query, key, temperature=0.05, extra_logits=mixed)
+
+    exact = run(composed, inputs, {}, "cpu", torch.float64)
+    got = run(HF.info_nce, inputs, {"mixing": on_device, "backend": "cuda"}, DEVICE, dtype)
+    for g, e in zip(got, exact, strict=True):
+        assert (g - e).norm() <= 2 * TOLERANCE[dtype] * e.norm().clamp_min(1e-6)
+
+
 def test_it_is_preferred_where_it_does_the_call() -> None:
     assert registry.choose("auto", "info_nce", DEVICE, torch.float32) == "cuda"
-    assert registry.choose("auto", "segment_pool", DEVICE, torch.bfloat16) == "cuda"
+    for operator in ("segment_pool", "hard_negatives", "mixed_negatives"):
+        assert registry.choose("auto", operator, DEVICE, torch.bfloat16) == "cuda"
     assert registry.choose("auto", "info_nce", DEVICE, torch.float32, ("a bank",)) != "cuda"
 
 
 def test_two_runs_give_the_same_bits() -> None:
-    inputs, options = draw(700, 256, torch.bfloat16, {})
-    first, second = (run(HF.info_nce, inputs, {**options, "backend": "cuda"}, DEVICE, torch.bfloat16) for _ in "ab")
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    inputs, _ = draw(700, 256, torch.bfloat16, {})
+    mixing = HF.Mixing(10, HF.random_pairs(700, 40, 10, seed=0, device=DEVICE))
+    for options in ({"backend": "cuda"}, {"backend": "cuda", "mixing": mixing}):
+        first, second = (run(HF.info_nce, inputs, options, DEVICE, torch.bfloat16) for _ in "ab")
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_the_host_does_not_wait() -> None:
@@ -86,27 +171,32 @@ def test_the_host_does_not_wait() -> None:
     h, positive = (torch.randn(64, 32, device=DEVICE).requires_grad_() for _ in range(2))
     lengths = torch.full((64,), 32, device=DEVICE)
     learned, pooled = FusedInfoNCELoss(learnable_temperature=True).to(DEVICE), FusedHiCLLoss()
+    mixing = HF.Mixing(10, HF.random_pairs(64, 40, 10, seed=0, device=DEVICE))
     for step in range(2):
         torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first call compiles what Triton has of it
         try:
-            (learned(h, positive) + pooled(h, positive, offsets, lengths)).backward()
+            mixed = HF.info_nce(h, positive, mixing=mixing, backend="cuda")
+            (learned(h, positive) + pooled(h, positive, offsets, lengths) + mixed).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_under_a_graph_and_on_another_stream() -> None:
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_under_a_graph_and_on_another_stream(is_mixed: bool) -> None:
+    pairs = HF.random_pairs(128, 40, 10, seed=0, device=DEVICE)
+    options: dict[str, Any] = {"backend": "cuda", "mixing": HF.Mixing(10, pairs) if is_mixed else None}
     query, key = (torch.randn(128, 256, device=DEVICE, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        HF.info_nce(query, key, backend="cuda").backward()
+        HF.info_nce(query, key, **options).backward()
         query.grad = key.grad = None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            loss = HF.info_nce(query, key, backend="cuda")
+            loss = HF.info_nce(query, key, **options)
     with torch.no_grad():
         query.copy_(torch.randn_like(query))
     graph.replay()
-    torch.testing.assert_close(loss, HF.info_nce(query, key, backend="cuda"), rtol=0, atol=0)
+    torch.testing.assert_close(loss, HF.info_nce(query, key, **options), rtol=0, atol=0)
 
 
 def test_the_tensors_device_is_used() -> None:

@@ -94,6 +94,61 @@ def test_small(backend: str, extra: dict[str, Any]) -> None:
     assert_exact(backend, 37, 21, torch.float32, extra)
 
 
+# Of each way through the paradigm's passes, one; see tests/ops/test_paradigm.py for the rest.
+PARADIGM: dict[str, dict[str, Any]] = {
+    "hinge": {"objective": "met"},
+    "down the columns too": {"objective": "mhs", "modified": ("gd", "r"), "ratio": 1.5},
+    "softmax": {"objective": "custom"},
+    "sharp softmax": {"objective": "custom", "temperature": 0.01},
+    "power": {"objective": "custom", "weight": ("power", 3), "dissipation": None},
+    "log-sum-exp": {"objective": "custom", "weight": "hardest"},
+    "function": {"objective": "custom", "weight": lambda s, rows: (3 * (s - rows.hardest[:, None])).exp()},
+    "within a view": {"objective": "mhe", "modified": ("gd", "w", "r"), "ratio": 1.5},
+    "no similarities": {"objective": "barlow_twins"},
+}
+each_paradigm = pytest.mark.parametrize("options", PARADIGM.values(), ids=PARADIGM)
+
+
+def assert_paradigm_exact(backend: str, n: int, d: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    drawn, _ = draw(n, d, dtype, {})
+    views = {"u": drawn["query"], "v": drawn["key"]}
+    exact = run(reference.paradigm, views, options, "cpu", torch.float64)
+    got = run(HF.paradigm, views, {**options, "backend": backend}, DEVICE, dtype)
+    rounding = 1e-6 / options.get("temperature", 0.05)  # of a similarity, and what weights make of it
+    for g, e in zip(got, exact, strict=True):
+        assert (g - e).norm() <= (TOLERANCE[dtype] + rounding) * e.norm().clamp_min(1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@each_paradigm
+@pytest.mark.parametrize(("n", "d"), [(64, 768), (257, 95), (1100, 768)])
+def test_paradigm(backend: str, dtype: torch.dtype, options: dict[str, Any], n: int, d: int) -> None:
+    assert_paradigm_exact(backend, n, d, dtype, options)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("backend", BACKENDS)
+@each_paradigm
+def test_paradigm_small(backend: str, options: dict[str, Any]) -> None:
+    assert_paradigm_exact(backend, 37, 21, torch.float32, options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("n", [70, 700])
+def test_paradigm_ties(backend: str, n: int) -> None:
+    """Similarities that are exact, and mostly equal to others: the first gets the gradient."""
+    generator = torch.Generator().manual_seed(n)
+    drawn = (torch.randint(0, 2, (n, 16), generator=generator).mul_(2).sub_(1).double() for _ in range(2))
+    views = dict(zip(("u", "v"), drawn, strict=True))
+    for objective in ("mpt", "mhs"):
+        options = {"objective": objective}
+        exact = run(reference.paradigm, views, options, "cpu", torch.float64)
+        got = run(HF.paradigm, views, {**options, "backend": backend}, DEVICE, torch.float32)
+        for g, e in zip(got, exact, strict=True):
+            assert (g - e).norm() <= 1e-5 * e.norm()
+
+
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", [[1], [3, 1, 5], [1] * 70 + [90]], ids=len)
@@ -123,6 +178,18 @@ def test_the_host_does_not_wait(backend: str) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         loss(h, positive, offsets, lengths).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@each_paradigm
+def test_the_host_does_not_wait_for_the_paradigm(backend: str, options: dict[str, Any]) -> None:
+    u, v = (torch.randn(64, 32, device=DEVICE).requires_grad_() for _ in range(2))
+    HF.paradigm(u, v, backend=backend, **options).backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        HF.paradigm(u, v, backend=backend, **options).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -1,0 +1,15 @@
+// What a row is multiplied by to be a unit vector.
+#pragma once
+#include "platform.cuh"
+
+namespace hicl::cuda {
+
+constexpr float kNormFloor = 1e-12f;
+
+// 1 / max(‖x‖, floor) of ‖x‖², 0 for a zero row. A norm that is infinite or NaN makes NaN of everything that it touches.
+__device__ __forceinline__ float inverse_of_norm(float squares, float floor = kNormFloor) {
+  const float norm = sqrtf(squares);
+  return norm == 0.0f ? 0.0f : 1.0f / fmaxf(norm, floor) + (norm - norm);
+}
+
+}  // namespace hicl::cuda
