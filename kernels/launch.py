@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from hicl_fast.kernels import hard_negatives as _hard_negatives
+from hicl_fast.kernels import paradigm as _paradigm
 from hicl_fast.kernels import rows as _rows
 from hicl_fast.kernels import segment_pool as _segment_pool
 from hicl_fast.kernels import similarity as _similarity
@@ -230,11 +231,20 @@ def scale_rows(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def positive_similarity(query: Rows, key: Rows, target: Tensor) -> Tensor:
-    """The cosine of each query with its target, (N,) float32, from the same numbers as the tiles."""
+    """The cosine of each query with its target, (N,) float32, from the same numbers as the tiles; NaN for no key."""
     positive = torch.empty_like(query.inverse)
     tile = row_tile(query.x.shape[1])
     _rows.positive_kernel[_row_grid(query.x, tile)](
-        query.x, key.x, query.inverse, key.inverse, target, positive, *query.x.shape, **tile.options()
+        query.x,
+        key.x,
+        query.inverse,
+        key.inverse,
+        target,
+        positive,
+        query.x.shape[0],
+        key.x.shape[0],
+        query.x.shape[1],
+        **tile.options(),
     )
     return positive
 
@@ -255,7 +265,7 @@ def gradient(
     rows: Rows,  # (N, D)
     partners: Partners | None,
     floor: float,
-    out: Tensor,  # (N, D) float32
+    out: Tensor,  # (N, D) float32; may be the product
 ) -> None:
     """The gradient with respect to the rows as they came, from that with respect to the unit rows."""
     if not rows.x.shape[0]:
@@ -381,3 +391,108 @@ def hardest(
         **options,
     )
     return best.topk(k, dim=1).values
+
+
+# --- the gradient paradigm -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Largest:
+    """What each tile finds the largest along its rows, or its columns, beside what the others find."""
+
+    value: Tensor  # (tiles, N) float32, NaN where there is one
+    place: Tensor  # (tiles, N) int32, the first where it is
+
+    @staticmethod
+    def unknown(tiles: int, count: int, device: torch.device) -> Largest:
+        return Largest(
+            torch.empty(tiles, count, dtype=torch.float32, device=device),
+            torch.empty(tiles, count, dtype=torch.int32, device=device),
+        )
+
+
+def paradigm_statistics(
+    x: Rows,  # (R, D)
+    y: Rows,  # (N, D)
+    tile: Tile,
+    first_row: int,  # the row of y that x's first is not compared with
+    by_row: Largest,  # out (column tiles, R)
+    by_column: Largest | None,  # out (row tiles, N)
+    partials: Tensor | None,  # out (2, column tiles, R) float32: Σ exp(s/τ − max), max s/τ
+    temperature: float,
+    *,
+    precision: str,
+) -> None:
+    """The largest similarities off the diagonal and where they are, and the parts of log-sum-exp."""
+    num_rows, num_cols = x.x.shape[0], y.x.shape[0]
+    _paradigm.statistics_kernel[_grid(num_rows, num_cols, tile)](
+        x_ptr=x.x,
+        y_ptr=y.x,
+        x_inverse_ptr=x.inverse,
+        y_inverse_ptr=y.inverse,
+        hardest_ptr=by_row.value,
+        nearest_ptr=by_row.place,
+        column_hardest_ptr=None if by_column is None else by_column.value,
+        column_index_ptr=None if by_column is None else by_column.place,
+        partials_ptr=partials,
+        num_rows=num_rows,
+        num_cols=num_cols,
+        dim=x.x.shape[1],
+        first_row=first_row,
+        plane_stride=0 if partials is None else partials.stride(0),
+        temperature=temperature,
+        HAS_COLUMNS=by_column is not None,
+        HAS_LSE=partials is not None,
+        PRECISION=precision,
+        **tile.options(),
+    )
+
+
+def paradigm_weights(
+    x: Rows,  # (R, D)
+    y: Rows,  # (N, D)
+    tile: Tile,
+    first_row: int,  # the row of y that x's first is not compared with
+    weight: str,  # a name in kernels/paradigm.py's WEIGHTS
+    parameter: float,
+    log_factor: Tensor,  # (R,)
+    out: Tensor,  # (R, N) with unit stride along the columns
+    by_row: Largest,  # out (column tiles, R)
+    sums: Tensor,  # out (column tiles, R) float32
+    *,
+    precision: str,
+) -> None:
+    """``out = exp(−log_factor) · weight(s)``, 0 on the diagonal, its sums by row, and the largest similarities."""
+    num_rows, num_cols = x.x.shape[0], y.x.shape[0]
+    _paradigm.weights_kernel[_grid(num_rows, num_cols, tile)](
+        x_ptr=x.x,
+        y_ptr=y.x,
+        x_inverse_ptr=x.inverse,
+        y_inverse_ptr=y.inverse,
+        log_factor_ptr=log_factor,
+        weights_ptr=out,
+        hardest_ptr=by_row.value,
+        nearest_ptr=by_row.place,
+        sums_ptr=sums,
+        num_rows=num_rows,
+        num_cols=num_cols,
+        dim=x.x.shape[1],
+        first_row=first_row,
+        weights_stride=out.stride(0),
+        parameter=parameter,
+        WEIGHT=_paradigm.WEIGHTS[weight].value,
+        PRECISION=precision,
+        **tile.options(),
+    )
+
+
+def sum_by_target(x: Tensor, factor: Tensor, order: Tensor, begin: Tensor) -> Tensor:
+    """``Σ factor_i x_i`` over the rows that go to each target, added up in their order: (T, D) float32.
+
+    x is (N, D), factor (N,); target t's rows are those that ``order[begin[t] : begin[t + 1]]`` names, (N,) and (T + 1,)
+    int64. All contiguous.
+    """
+    sums = torch.empty(len(begin) - 1, x.shape[1], dtype=torch.float32, device=x.device)
+    tile = row_tile(x.shape[1])
+    _paradigm.sum_by_target_kernel[_row_grid(sums, tile)](x, factor, order, begin, sums, *sums.shape, **tile.options())
+    return sums

@@ -72,8 +72,9 @@ def positive_kernel(
     query_inverse_ptr,  # (num_rows,)
     key_inverse_ptr,  # (M,)
     target_ptr,  # (num_rows,) int64
-    positive_ptr,  # out (num_rows,) the similarity of each row's target
+    positive_ptr,  # out (num_rows,) the similarity of each row's target, NaN where there is no such key
     num_rows,
+    num_keys,
     dim,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -81,10 +82,11 @@ def positive_kernel(
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = rows < num_rows
     target = tl.load(target_ptr + rows, mask=inside, other=0)
+    exists = inside & (target >= 0) & (target < num_keys)
     query = load_rows(query_ptr, rows, inside, dim, BLOCK_DIM)
-    key = load_rows(key_ptr, target, inside, dim, BLOCK_DIM)
+    key = load_rows(key_ptr, target, exists, dim, BLOCK_DIM)
     query_inverse = tl.load(query_inverse_ptr + rows, mask=inside, other=0.0)
-    key_inverse = tl.load(key_inverse_ptr + target, mask=inside, other=0.0)
+    key_inverse = tl.load(key_inverse_ptr + target, mask=exists, other=float("nan"))
     tl.store(positive_ptr + rows, tl.sum(query * key, axis=1) * query_inverse * key_inverse, mask=inside)
 
 
@@ -116,7 +118,7 @@ def gradient_kernel(
     coefficient_ptr,  # the positive's: (num_rows,); with LISTED (num_others,)
     partner_ptr,  # int64 (num_rows,); with LISTED (num_others,)
     begin_ptr,  # (num_rows + 1,) int64
-    gradient_ptr,  # out (num_rows, dim)
+    gradient_ptr,  # out (num_rows, dim); may be the product
     num_rows,
     num_others,
     dim,
@@ -129,12 +131,13 @@ def gradient_kernel(
     """``(I − x̂ x̂ᵀ) g / ‖x‖`` with g = factor · product + the positives' part."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = rows < num_rows
-    factor = tl.load(factor_ptr + rows * factor_stride, mask=inside, other=0.0)
+    factor = tl.load(factor_ptr + rows.to(tl.int64) * factor_stride, mask=inside, other=0.0)
     grad = load_rows(product_ptr, rows, inside, dim, BLOCK_DIM) * factor[:, None]
     if PARTNER == TARGET:
         partner = tl.load(partner_ptr + rows, mask=inside, other=0)
-        coefficient = tl.load(coefficient_ptr + rows, mask=inside, other=0.0)
-        grad = add_partner(grad, other_ptr, other_inverse_ptr, partner, coefficient, inside, dim, BLOCK_DIM)
+        exists = inside & (partner >= 0) & (partner < num_others)
+        coefficient = tl.load(coefficient_ptr + rows, mask=exists, other=0.0)
+        grad = add_partner(grad, other_ptr, other_inverse_ptr, partner, coefficient, exists, dim, BLOCK_DIM)
     if PARTNER == SAME_INDEX:
         exists = inside & (rows < num_others)
         coefficient = tl.load(coefficient_ptr + rows, mask=exists, other=0.0)

@@ -95,7 +95,7 @@ def is_special(special_ptr, rows, cols, num_rows):
 
 @triton.jit
 def store_sums(partials_ptr, plane_stride, plane, col_tile, rows, num_rows, values):
-    at = partials_ptr + plane * plane_stride + col_tile.to(tl.int64) * num_rows + rows
+    at = partials_ptr + tl.cast(plane_stride, tl.int64) * plane + col_tile.to(tl.int64) * num_rows + rows
     tl.store(at, values, mask=rows < num_rows)
 
 

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from hicl_fast.kernels import rows, segment_pool, similarity  # noqa: E402
+from hicl_fast.kernels import paradigm, rows, segment_pool, similarity  # noqa: E402
 from hicl_fast.kernels.tiles import RowTile, narrow_tile, row_tile, similarity_tile  # noqa: E402
 
 from tests.conftest import INTERPRETING
@@ -26,9 +26,11 @@ pytestmark = [
 ]
 
 # The pointers' types; the operands' is filled in.
-OPERANDS = ("query_ptr", "key_ptr", "exp_ptr", "slope_ptr", "x_ptr", "unit_ptr", "scaled_ptr", "other_ptr")
-INDICES = ("special_ptr", "query_group_ptr", "key_group_ptr", "target_ptr", "partner_ptr", "begin_ptr", "offsets_ptr")
-FLOATS = ("own_bias", "amplitude", "floor")
+OPERANDS = ("query_ptr", "key_ptr", "exp_ptr", "slope_ptr", "x_ptr", "y_ptr", "unit_ptr", "scaled_ptr", "other_ptr")
+GROUPS = ("query_group_ptr", "key_group_ptr")
+INDICES = (*GROUPS, "special_ptr", "target_ptr", "partner_ptr", "begin_ptr", "offsets_ptr", "order_ptr")
+PLACES = ("nearest_ptr", "column_index_ptr")
+FLOATS = ("own_bias", "amplitude", "floor", "temperature", "parameter")
 
 # With every feature on, a kernel needs the most; plain is what the plain loss runs.
 FEATURES = {
@@ -62,8 +64,8 @@ def table() -> Iterator[list[str]]:
 
 def _types(names: list[str], operand: str) -> dict[str, str]:
     types = {name: "*fp32" for name in names if name.endswith("_ptr")}
-    types |= dict.fromkeys(OPERANDS, f"*{operand}") | dict.fromkeys(INDICES, "*i64") | dict.fromkeys(FLOATS, "fp32")
-    return types
+    types |= dict.fromkeys(OPERANDS, f"*{operand}") | dict.fromkeys(INDICES, "*i64") | dict.fromkeys(PLACES, "*i32")
+    return types | dict.fromkeys(FLOATS, "fp32")
 
 
 def _check(arch: str, operand: str, name: str, needs: Resources, table: list[str]) -> None:
@@ -75,8 +77,7 @@ def _check(arch: str, operand: str, name: str, needs: Resources, table: list[str
     assert needs.shared <= SHARED_MEMORY_LIMIT[arch]
 
 
-def _compile_similarity(arch: str, operand: str, name: str) -> Any:
-    kernel, features = FEATURES[name]
+def _compile_tiled(arch: str, operand: str, kernel: Any, features: dict[str, Any]) -> Any:
     is_narrow = kernel is similarity.slope_kernel or features.get("HAS_COLUMNS", False)
     tile = (narrow_tile if is_narrow else similarity_tile)(arch, operand)
     element, precision = PRODUCTS[operand]
@@ -89,12 +90,27 @@ def _compile_similarity(arch: str, operand: str, name: str) -> Any:
 def test_similarity_kernels(arch: str, operand: str, table: list[str]) -> None:
     names = list(FEATURES) if operand == "16 bit" else ["exp, groups", "statistics, symmetric", "slopes, symmetric"]
     for name in names:
-        compiled = _compile_similarity(arch, operand, name)
+        compiled = _compile_tiled(arch, operand, *FEATURES[name])
         needs = resources_of(compiled)
         _check(arch, operand, name, needs, table)
         assert (needs.matrix_instructions > 0) == (operand != "fp32" or arch == "gfx942")
         if arch == "sm_90" and operand == "16 bit":
             assert "wgmma.mma_async" in compiled.asm["ptx"]
+
+
+# Their operands are unit rows in float32. Of the weights, powers need the most; softmax is below.
+PARADIGM_KERNELS = {
+    "paradigm, statistics": (paradigm.statistics_kernel, {"HAS_COLUMNS": True, "HAS_LSE": True}),
+    "paradigm, powers": (paradigm.weights_kernel, {"WEIGHT": paradigm.POWER.value}),
+}
+
+
+@pytest.mark.parametrize(("arch", "operand"), [c for c in CONFIGURATIONS if c[1] != "16 bit"])
+def test_paradigm_kernels(arch: str, operand: str, table: list[str]) -> None:
+    for name, (kernel, features) in PARADIGM_KERNELS.items():
+        needs = resources_of(_compile_tiled(arch, operand, kernel, features))
+        _check(arch, operand, name, needs, table)
+        assert (needs.matrix_instructions > 0) == (operand != "fp32" or arch == "gfx942")
 
 
 ROW_KERNELS = {
@@ -103,6 +119,7 @@ ROW_KERNELS = {
     "positive": (rows.positive_kernel, {}),
     "gradient, same index": (rows.gradient_kernel, {"PARTNER": 2}),
     "gradient, listed": (rows.gradient_kernel, {"PARTNER": 3}),
+    "sum by target": (paradigm.sum_by_target_kernel, {}),
 }
 
 
@@ -141,6 +158,8 @@ ALONE = {
     "dim": 1,
     "exp_stride": 1,
     "slope_stride": 1,
+    "weights_stride": 1,
+    "first_row": 1,
     "factor_stride": 1,
 }
 LEFT_OUT = {
@@ -155,6 +174,12 @@ LEFT_OUT = {
         {"SPECIAL": 1, "GROUPS": 0, "HAS_COLUMNS": False, "WANTS_DOT": False},
         ["column_offset_ptr", "column_factor_ptr", "positives_share_ptr"],
     ),
+    "paradigm": (
+        paradigm.statistics_kernel,
+        {"HAS_COLUMNS": False, "HAS_LSE": False},
+        ["column_hardest_ptr", "column_index_ptr", "partials_ptr"],
+    ),
+    "paradigm, softmax": (paradigm.weights_kernel, {"WEIGHT": paradigm.SOFTMAX.value}, []),
     "normalise": (rows.normalise_kernel, {"WRITES_UNIT": False}, ["unit_ptr"]),
     "gradient": (rows.gradient_kernel, {"PARTNER": 0}, ["coefficient_ptr", "partner_ptr", "begin_ptr"]),
     "pool": (segment_pool.pool_kernel, {"HAS_WEIGHTS": False, "SUM_TYPE": tl.float32}, ["weights_ptr"]),
@@ -169,9 +194,8 @@ LEFT_OUT = {
 @pytest.mark.parametrize("name", list(LEFT_OUT))
 def test_arguments_that_are_one_or_none(name: str) -> None:
     kernel, features, absent = LEFT_OUT[name]
-    groups = ["query_group_ptr", "key_group_ptr"]
     blocks = {**narrow_tile("sm_90", "16 bit").options(), "BLOCK_DIM": 64, "PRECISION": "ieee"}
-    constants = {**features, **ALONE, **blocks, **dict.fromkeys([*absent, *groups])}
+    constants = {**features, **ALONE, **blocks, **dict.fromkeys([*absent, *GROUPS])}
     taken = {key: value for key, value in constants.items() if key in kernel.arg_names}
     compiled = compile_for("sm_90", kernel, _types(kernel.arg_names, "bf16"), taken, num_warps=8)
     assert resources_of(compiled).spills == 0

@@ -188,6 +188,22 @@ def test_temperatures(temperature: float, kind: str) -> None:
     _assert_exact(tensors, {"temperature": temperature}, 2e-6 + 60 * 2**-24 / temperature * (1 + (kind == "same") * 10))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", ["plain", "symmetric", "none", "groups as positives", "temperature"])
+def test_a_temperature_of_a_thousandth(name: str, dtype: torch.dtype) -> None:
+    """Logits of ±1000, whose exponentials no type holds."""
+    tensors, options = _pairs(65, 65, dtype=dtype), {"temperature": 1e-3}
+    tensors["key"][::2] = _rows(33).to(dtype)  # losses of some hundreds beside those of next to nothing
+    if name == "temperature":
+        tensors["temperature"], options = torch.tensor(1e-3), {}
+    elif name == "groups as positives":
+        options |= {"query_group": _groups(65, 1), "key_group": _groups(65, 2), "same_group": "positive"}
+    else:
+        options |= {"plain": {}, "symmetric": {"symmetric": True}, "none": {"reduction": "none"}}[name]
+    errors = _differences(tensors, options)
+    assert max(errors.values()) < 60 * 2**-24 / 1e-3 + TOLERANCE[dtype], errors
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"reduction": "none"}, {"temperature": 0.012}], ids=str)
 def test_16_bit(dtype: torch.dtype, options: dict[str, Any]) -> None:
