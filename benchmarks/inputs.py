@@ -11,10 +11,10 @@ from torch import Tensor
 
 def embeddings(n: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Queries and keys (n, d) with a common direction, as an encoder's have, and keys that resemble their queries."""
-    generator = torch.Generator().manual_seed(n)
+    generator = torch.Generator(device).manual_seed(n)
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
+        return torch.randn(*shape, generator=generator, device=device)
 
     query = noise(n, d) + 0.7 * noise(1, d)
     return query, query + 1.5 * noise(n, d)

@@ -5,8 +5,9 @@
     python benchmarks/loss_throughput.py --device cuda --dtype bfloat16 --json out.json --plot out.png
 
 Every candidate is checked against the float64 reference before it is timed. `x limit` is its time over that of the three
-matrix products S = Q Kᵀ, S K, Sᵀ Q with PyTorch's BLAS, below which no exact method gets without lower precision.
-`memory` is what a step holds beyond its inputs; the gradients are in it.
+matrix products S = Q Kᵀ, S K, Sᵀ Q with PyTorch's BLAS, below which no exact method gets without lower precision; for the
+symmetric loss, which needs S twice, over four. `memory` is what a step holds beyond its inputs; the gradients are in it.
+`GPU ms` is how long a GPU works on a step, the gaps between its kernels left out.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from typing import Any
 
 import torch
 from inputs import embeddings, gradient_step
-from measure import Step, Timing, available_bytes, duration, machine, peak_bytes, time_in_turn
+from measure import Step, Timing, available_bytes, duration, gpu_seconds, machine, peak_bytes, time_in_turn
 from report import table, write
 from rivals import RIVALS, Batch, Loss, Missing, Rival, fused_rivals
 from tqdm import tqdm
 
 import hicl_fast.reference as reference
 
-LIMIT = "limit: 3 products"
+LIMIT, SYMMETRIC_LIMIT = "limit: 3 products", "limit: 4 products"
+LIMIT_BYTES = 9 << 30  # of similarities that the limit holds at a time: all of N = 65536 in 16 bits
 # Largest relative error of loss and gradients, by type: what an eager run of that type has, several times over.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-4, torch.bfloat16: 0.1, torch.float16: 0.03}
 BF16_OPERANDS_TOLERANCE = 0.05
@@ -42,8 +44,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     rows: list[dict[str, Any]] = []
     for n in args.batch_sizes:
-        rows += measure_batch(args, n, device, dtype)
+        rows += measure_batch(args, n, device, dtype, rows)
         print(table([row for row in rows if row["batch"] == n], "x limit"), flush=True)
+        write(rows, about, LIMIT, args.json, None)  # what is there already, should the next size end badly
     write(rows, about, LIMIT, args.json, args.plot)
     return rows
 
@@ -51,7 +54,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
-    sizes = [64, 512, 8192, 65536] if cuda else [64, 512, 4096]
+    sizes = [64, 128, 256, 512, 8192, 65536] if cuda else [64, 512, 4096]
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=sizes, metavar="N")
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--dtype", choices=[str(t).removeprefix("torch.") for t in TOLERANCE])
@@ -62,6 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--rivals", nargs="+", metavar="NAME", help=f"or none; default: {', '.join(r.name for r in RIVALS)}"
     )
     parser.add_argument("--seconds", type=float, default=12.0, help="of timing for each batch size")
+    parser.add_argument("--longest-step", type=float, default=20.0, metavar="SECONDS", help="left out beyond that")
     parser.add_argument("--threads", type=int, help="default: PyTorch's")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE.png")
@@ -75,38 +79,58 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def measure_batch(args: argparse.Namespace, n: int, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+def measure_batch(
+    args: argparse.Namespace, n: int, device: torch.device, dtype: torch.dtype, before: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """``before`` are the rows of the batch sizes before."""
     batch = make_batch(n, args.dim, device, dtype, args.temperature)
     rows: dict[str, dict[str, Any]] = {}
-    steps: dict[str, Step] = {LIMIT: limit_step(batch)}
+    steps: dict[str, Step] = {}
+
+    def try_once(name: str, step: Step) -> None:
+        once: list[float] = []
+        memory = peak_bytes(lambda: once.append(duration(step, device)), device)
+        if once[0] > args.seconds / 5:  # once is enough to see that it is out of the race
+            rows[name].update(asdict(Timing(once[0], once[0], once[0], 1)), memory=memory, gpu=None)
+        else:
+            steps[name] = step
+
+    for name, products in ((LIMIT, 3), (SYMMETRIC_LIMIT, 4)):
+        rows[name] = {"batch": n, "name": name}
+        try_once(name, limit_step(batch, products))
     candidates = list(choose_rivals(args, dtype))
     for rival in tqdm(candidates, desc=f"N = {n}: checking", leave=False, file=sys.stderr):
-        row: dict[str, Any] = {"batch": n, "name": rival.name}
-        rows[rival.name] = row
+        row = rows[rival.name] = {"batch": n, "name": rival.name}
         try:
             loss = ready(rival, batch)
+            check_time(args.longest_step, rival.name, n, before)
             row["error"] = check(rival, loss, batch)
-            run = gradient_step(loss, batch.query, batch.key)
-            once = duration(run, device)
+            try_once(rival.name, gradient_step(loss, batch.query, batch.key))
         except Missing as reason:
             row["skipped"] = str(reason)
-            continue
         except Exception as error:  # someone else's code: report it and go on with the others
             row["skipped"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            continue
-        if once > args.seconds / 5:  # once is enough to see that it is out of the race
-            row.update(asdict(Timing(once, once, once, 1)), memory=None)
-        else:
-            steps[rival.name] = run
-    memory = {name: peak_bytes(run, device) for name, run in steps.items() if name != LIMIT}
+    memory = {name: peak_bytes(step, device) for name, step in steps.items()}
     timings = time_in_turn(steps, args.seconds, device, f"N = {n}: timing")
-    limit = timings[LIMIT].median
     for name, timing in timings.items():
-        rows.setdefault(name, {"batch": n, "name": name}).update(asdict(timing), memory=memory.get(name))
-    for row in rows.values():
+        rows[name].update(asdict(timing), memory=memory[name], gpu=gpu_seconds(steps[name], device))
+    is_symmetric = {rival.name: rival.symmetric for rival in candidates} | {SYMMETRIC_LIMIT: True}
+    for name, row in rows.items():
         if "median" in row:
-            row["ratio"] = row["median"] / limit
+            row["ratio"] = row["median"] / rows[SYMMETRIC_LIMIT if is_symmetric.get(name) else LIMIT]["median"]
     return list(rows.values())
+
+
+def check_time(longest: float, name: str, n: int, before: list[dict[str, Any]]) -> None:
+    """Raises:
+    Missing: a step would take longer than ``longest`` seconds, by what it took at the size before.
+    """
+    for row in reversed(before):
+        if row["name"] == name and "median" in row:
+            expected = row["median"] * (n / row["batch"]) ** 2
+            if expected > longest:
+                raise Missing(f"would take about {expected:.0f} s")
+            return
 
 
 def choose_rivals(args: argparse.Namespace, dtype: torch.dtype) -> Iterator[Rival]:
@@ -162,15 +186,25 @@ def loss_and_gradients(loss: Loss, query: torch.Tensor, key: torch.Tensor) -> tu
     return value.detach(), *torch.autograd.grad(value, (query, key))
 
 
-def limit_step(batch: Batch) -> Step:
+def limit_step(batch: Batch, products: int) -> Step:
+    """Three products, or four with S made twice, in chunks of rows where S is too large."""
     query, key = batch.query, batch.key
-    similarity = query.new_empty(query.shape[0], key.shape[0])
+    n = query.shape[0]
+    rows = max(1, min(n, LIMIT_BYTES // (key.shape[0] * query.element_size())))
+    similarity = query.new_empty(rows, key.shape[0])
     query_grad, key_grad = torch.empty_like(query), torch.empty_like(key)
 
     def run() -> None:
-        torch.mm(query, key.T, out=similarity)
-        torch.mm(similarity, key, out=query_grad)
-        torch.mm(similarity.T, query, out=key_grad)
+        for begin in range(0, n, rows):
+            chunk = query[begin : begin + rows]
+            tile = similarity[: chunk.shape[0]]
+            for _ in range(products - 2):
+                torch.mm(chunk, key.T, out=tile)
+            torch.mm(tile, key, out=query_grad[begin : begin + rows])
+            if begin == 0:
+                torch.mm(tile.T, chunk, out=key_grad)
+            else:
+                key_grad.addmm_(tile.T, chunk)
 
     return run
 

@@ -61,6 +61,21 @@ def duration(step: Step, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
+def gpu_seconds(step: Step, device: torch.device) -> float | None:
+    """How long the GPU works on a step: its kernels and copies without the gaps between them; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    repeats = int(min(20, max(1, 0.05 / duration(step, device))))
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(repeats):
+            step()
+        torch.cuda.synchronize()
+    events = (event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(event.time_range.elapsed_us() for event in events) / 1e6 / repeats
+
+
 def peak_bytes(step: Step, device: torch.device) -> int:
     """The most memory a step holds beyond what was held before it.
 

@@ -1,7 +1,8 @@
 """What a benchmark measured, as a table, as JSON and as a plot.
 
 A row holds ``batch``, ``name`` and either ``skipped``, the reason, or a timing in seconds (``median``, ``fastest``,
-``slowest``), ``memory`` in bytes or None, ``ratio`` of the median to the baseline's, and ``error`` where it was checked.
+``slowest``), ``memory`` in bytes or None, ``ratio`` of the median to the baseline's, ``error`` where it was checked, and
+``gpu``, the seconds that a GPU worked on it, where there is one.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ def write(rows: list[Row], about: dict[str, Any], baseline: str, json_file: str 
 
 def table(rows: list[Row], ratio: str) -> str:
     """``ratio`` names what a row's ratio is of."""
-    lines = [f"\n{'N':>6}  {'':32}{'ms':>10}  {'fastest–slowest':>19}{ratio:>9}{'memory MB':>11}{'error':>9}"]
+    has_gpu = any(row.get("gpu") for row in rows)
+    lines = [f"\n{'N':>7}  {'':32}{'ms':>10}  {'fastest–slowest':>19}{ratio:>9}{'memory MB':>11}{'error':>9}"]
+    lines[0] += f"{'GPU ms':>10}" if has_gpu else ""
     for row in sorted(rows, key=lambda row: row.get("median", float("inf"))):
-        head = f"{row['batch']:>6}  {row['name']:32}"
+        head = f"{row['batch']:>7}  {row['name']:32}"
         if "skipped" in row:
             lines.append(f"{head}skipped: {row['skipped']}")
             continue
@@ -32,7 +35,8 @@ def table(rows: list[Row], ratio: str) -> str:
         error = f"{row['error']:.0e}" if "error" in row else ""
         spread = f"{row['fastest'] * 1e3:.3f}–{row['slowest'] * 1e3:.3f}"
         times = f"{row['median'] * 1e3:>10.3f}  {spread:>19}{row['ratio']:>9.2f}"
-        lines.append(f"{head}{times}{memory:>11}{error:>9}")
+        gpu = f"{row['gpu'] * 1e3:>10.4f}" if row.get("gpu") else ""
+        lines.append(f"{head}{times}{memory:>11}{error:>9}{gpu}")
     return "\n".join(lines)
 
 

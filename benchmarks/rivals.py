@@ -143,14 +143,20 @@ def _open_clip(batch: Batch) -> Loss:
 
 
 def _inf_cl(batch: Batch) -> Loss:
-    function = _module("inf_cl").cal_inf_loss
+    """The loss of one process; its other one needs a process group. It takes the dimensions by heads of a power of two."""
+    function = _module("inf_cl").cal_flash_loss
+    dim = batch.query.shape[1]
+    head_dim = next((size for size in (256, 128, 64) if dim % size == 0), None)
+    if head_dim is None:
+        raise Missing(f"takes multiples of 64 dimensions, not {dim}")
     scale = torch.tensor(1 / batch.temperature, device=batch.query.device)
-    return lambda q, k: function(F.normalize(q), F.normalize(k), scale=scale)
+    return lambda q, k: function(F.normalize(q), F.normalize(k), scale=scale, head_dim=head_dim).mean()
 
 
 def _cut_cross_entropy(batch: Batch) -> Loss:
     function = _module("cut_cross_entropy").linear_cross_entropy
-    return lambda q, k: function(F.normalize(q) / batch.temperature, F.normalize(k), batch.labels, impl="cce_exact")
+    options = {"impl": "cce", "filter_eps": None}  # exact: no gradient is left out for being small
+    return lambda q, k: function(F.normalize(q) / batch.temperature, F.normalize(k), batch.labels, **options)
 
 
 def _liger(batch: Batch) -> Loss:

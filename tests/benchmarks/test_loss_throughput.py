@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import loss_throughput
 import measure
@@ -21,12 +23,16 @@ def test_table_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     written = json.loads((tmp_path / "out.json").read_text())
     assert {"date", "commit", "device", "torch", "threads"} <= written["machine"].keys()
     timed = {(row["batch"], row["name"]) for row in written["rows"] if "median" in row}
-    names = (loss_throughput.LIMIT, "hicl_fast torch", "eager", "simcse broadcast")
+    limits = (loss_throughput.LIMIT, loss_throughput.SYMMETRIC_LIMIT)
+    names = (*limits, "hicl_fast torch", "hicl_fast torch symmetric", "eager", "simcse broadcast")
     assert {(n, name) for n in (8, 33) for name in names} <= timed
     for row in written["rows"]:
         assert row["fastest"] <= row["median"] <= row["slowest"]
-        if row["name"] != loss_throughput.LIMIT:
-            assert row["error"] < 1e-4 and row["memory"] is not None
+        assert row["memory"] is not None
+        if row["name"] not in limits:
+            assert row["error"] < 1e-4
+        of_batch = {r["name"]: r["median"] for r in written["rows"] if r["batch"] == row["batch"]}
+        assert row["ratio"] == row["median"] / of_batch[limits["symmetric" in row["name"] or row["name"] == limits[1]]]
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     assert "x limit" in capsys.readouterr().out
 
@@ -49,6 +55,49 @@ def test_a_rival_too_large_for_memory_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(loss_throughput, "available_bytes", lambda device: 100)
     rows = loss_throughput.main([*SMALL, "--backends", "torch", "--rivals", "eager"])
     assert all("GB are free" in row["skipped"] for row in rows if row["name"] == "eager")
+
+
+def test_rivals_on_gpus_are_called_as_they_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With functions that have the arguments of inf-cl 1.2.1 and cut-cross-entropy 25.1.1 in their places."""
+
+    def cal_flash_loss(q: Tensor, k: Tensor, labels: None = None, scale: float = 1.0, head_dim: int = 256) -> Tensor:
+        q, k = (x.view(len(x), -1, head_dim).flatten(1) for x in (scale * q, k))
+        return torch.nn.functional.cross_entropy(q @ k.T, torch.arange(len(q)), reduction="none")
+
+    def linear_cross_entropy(
+        e: Tensor, c: Tensor, targets: Tensor, filter_eps: str | None = "high", impl: str = "cce"
+    ) -> Tensor:
+        assert filter_eps is None and impl == "cce"
+        return torch.nn.functional.cross_entropy(e @ c.T, targets)
+
+    monkeypatch.setitem(sys.modules, "inf_cl", SimpleNamespace(cal_flash_loss=cal_flash_loss))
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", SimpleNamespace(linear_cross_entropy=linear_cross_entropy))
+    batch = loss_throughput.make_batch(8, 384, torch.device("cpu"), torch.float32, 0.05)
+    for rival in rivals.RIVALS:
+        if rival.name in ("inf-cl", "cut-cross-entropy"):
+            loss_throughput.check(rival, rival.make(batch), batch)  # raises where it is wrong
+    odd = loss_throughput.make_batch(8, 24, torch.device("cpu"), torch.float32, 0.05)
+    with pytest.raises(rivals.Missing, match="multiples of 64"):
+        rivals._inf_cl(odd)
+
+
+def test_a_step_that_would_take_too_long_is_left_out() -> None:
+    rows = loss_throughput.main([*SMALL, "--backends", "torch", "--rivals", "none", "--longest-step", "1e-9"])
+    skipped = {(row["batch"], row["name"]) for row in rows if "skipped" in row}
+    assert skipped == {(33, "hicl_fast torch"), (33, "hicl_fast torch symmetric")}
+    assert all("would take about" in row["skipped"] for row in rows if "skipped" in row)
+
+
+def test_the_limit_in_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = loss_throughput.make_batch(33, 24, torch.device("cpu"), torch.float32, 0.05)
+    made: list[Tensor] = []
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda x: made.append(empty_like(x)) or made[-1])  # type: ignore[func-returns-value]
+    for memory in (1 << 30, 33 * 4 * 10):
+        monkeypatch.setattr(loss_throughput, "LIMIT_BYTES", memory)
+        loss_throughput.limit_step(batch, 4)()
+    for whole, in_chunks in zip(made[:2], made[2:], strict=True):
+        torch.testing.assert_close(in_chunks, whole, rtol=1e-5, atol=1e-3)
 
 
 def test_unknown_rivals_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run_program(program: str, seconds: float = 60, empty_status: int | None = None) -> tuple[Result, str]:
     log = io.StringIO()
-    result = gpu_check.run(Step("step", [sys.executable, "-c", program], seconds, empty_status), 60, Report(log))
+    result = gpu_check.run(Step("step", [sys.executable, "-c", program], seconds, 0, empty_status), 60, Report(log))
     return result, log.getvalue()
 
 
@@ -51,6 +51,51 @@ def test_a_step_out_of_time_ends_with_what_it_started() -> None:
 def test_a_step_gets_no_more_than_the_time_left(left: float, expected: str) -> None:
     step = Step("step", [sys.executable, "-c", "import time; time.sleep(3)"], 60)
     assert gpu_check.run(step, left, Report(io.StringIO())).outcome == expected
+
+
+def test_every_step_has_its_time(tmp_path: Path) -> None:
+    planned = [step for step in gpu_check.steps(tmp_path) if isinstance(step, Step)]
+    assert {"build", "info", "tests", "small", "large", "hard_negatives", "segment_pool"} <= {s.name for s in planned}
+    assert all(step.kept_free <= step.seconds for step in planned)
+    assert gpu_check.TOTAL_SECONDS < 9 * 60
+    assert planned[0].seconds + gpu_check.kept_free(list(planned[1:])) <= gpu_check.TOTAL_SECONDS
+
+
+def test_later_steps_keep_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def program(seconds: float) -> list[str]:
+        return [sys.executable, "-c", f"import time; time.sleep({seconds})"]
+
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setattr(gpu_check, "find_gpu", lambda: "a GPU")
+    monkeypatch.setattr(gpu_check, "make_environment", lambda: None)
+    monkeypatch.setattr(gpu_check, "TOTAL_SECONDS", 31)
+    plan = [Step("greedy", program(60), 60), Step("later", program(0), 60, kept_free=30)]
+    monkeypatch.setattr(gpu_check, "steps", lambda out: plan)
+    gpu_check.main()
+    written = json.loads((tmp_path / "out" / "gpu-check.json").read_text())
+    assert [step["outcome"] for step in written["steps"]] == ["out of time", "passed"]
+
+
+def test_rivals_come_out_of_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHEELS", str(tmp_path))
+    missing = gpu_check.rivals()
+    assert isinstance(missing, Result) and missing.outcome == "left out" and str(tmp_path) in missing.note
+    (tmp_path / "rival-1-py3-none-any.whl").touch()
+    step = gpu_check.rivals()
+    assert isinstance(step, Step) and step.command[-1] == str(tmp_path / "rival-1-py3-none-any.whl")
+
+
+def test_benchmarks_know_their_options() -> None:
+    """As far as they can be read without a GPU's backends."""
+    lines = ["import sys; sys.path.insert(0, 'benchmarks')"]
+    for step in gpu_check.benchmarks(Path("out")):
+        _, program, *options = step.command
+        assert program.endswith(".py") and f"out/{step.name}.json" in options
+        there = ["torch" if option in ("cuda", "triton") else option for option in options]
+        lines.append(f"import {Path(program).stem} as program; print(program.parse({there!r}))")
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("dtype='bfloat16'") == len(lines) - 1
 
 
 @pytest.mark.slow
