@@ -32,10 +32,10 @@ def main() -> list[float]:
         tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
     encoder.train()  # dropout makes the two views
     loss_fn = FusedInfoNCELoss(temperature=0.05)
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=2e-4)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3)
     batch = tokenizer(SENTENCES, padding=True, return_tensors="pt")
     losses = []
-    for step in range(10):
+    for step in range(15):
         z1, z2 = (encoder(**batch).last_hidden_state[:, 0] for _ in range(2))  # (N, D) each
         loss = loss_fn(z1, z2)
         optimizer.zero_grad()

@@ -8,11 +8,11 @@ stand among the keys, and joining all processes' rows. No package is needed.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hicl_fast import _checks as check
 from hicl_fast import functional as HF
-from hicl_fast.integrations.simcse import joined
 from hicl_fast.reference.info_nce import Reduction
 
 __all__ = ["FusedContrastiveLoss"]
@@ -70,3 +70,13 @@ class FusedContrastiveLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.temperature}, gather={self.gather}"
+
+
+def joined(rows: Tensor) -> Tensor:  # (N, D) -> (N · processes, D)
+    """All processes' rows, N on each, of which this one's keep their gradients; the rows where there is no process group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return rows
+    parts = [torch.zeros_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.detach().contiguous())
+    parts[dist.get_rank()] = rows
+    return torch.cat(parts)

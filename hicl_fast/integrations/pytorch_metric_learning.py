@@ -2,12 +2,14 @@
 
 The classes are subclasses of the originals and bear their names, since wrappers such as ``SelfSupervisedLoss`` go by a
 loss's name. Fused are calls with labels and a cosine or dot-product similarity; reducers, regularisers and wrappers work
-as they do. The original computes other distances, distances with ``power`` or ``p`` changed or with statistics, and calls
-with an ``indices_tuple`` (a miner's pairs), which has the size of the matrix already.
+as they do. Other distances, distances with ``power`` or ``p`` changed or with statistics, and calls with an
+``indices_tuple`` (a miner's pairs) take the original's matrix of distances; what NTXentLoss makes of it is linear in the
+pairs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from hicl_fast import functional as HF
 from hicl_fast._checks import FLOATING
 from hicl_fast.integrations._requires import missing
 from hicl_fast.integrations.similarity import Similarity, as_cosines, log_expm1, loss_type, pairwise
+from hicl_fast.ops.problem import sum_type
 
 try:
     from pytorch_metric_learning import distances
@@ -47,15 +50,30 @@ class NTXentLoss(original.NTXentLoss):
     ) -> dict[str, Any]:
         problem = _problem(self, embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if problem is None:
-            return super().compute_loss(
-                embeddings, labels, _as_tuple(indices_tuple, labels, ref_labels), ref_emb, ref_labels
-            )
+            pairs = _as_tuple(indices_tuple, labels, ref_labels)
+            return _in_float32(super().compute_loss, embeddings, labels, pairs, ref_emb, ref_labels)
         anchor, positive = problem.positive_pairs()
         num_negatives = problem.num_negatives()
         if len(anchor) == 0 or num_negatives == 0 or (len(anchor) == 1 and num_negatives == 1):
             return self.zero_losses()
         losses = problem.pair_losses(anchor, positive, self.temperature)
         return _result(problem.as_original(losses), (anchor, positive), "pos_pair")
+
+    def _compute_loss(
+        self,
+        pos_pairs: Tensor,  # (P,)
+        neg_pairs: Tensor,  # (Q,)
+        indices_tuple: tuple[Tensor, Tensor, Tensor, Tensor],  # (P,), (P,), (Q,), (Q,) int64
+    ) -> dict[str, Any]:
+        """Of given pairs, a miner's or another distance's: an anchor's negatives are summed once here too, not P × Q."""
+        anchor, positive, anchor_of_negative, _ = indices_tuple
+        if len(anchor) == 0 or len(anchor_of_negative) == 0:
+            return self.zero_losses()
+        scale = (1.0 if self.distance.is_inverted else -1.0) / self.temperature
+        positive_logit, logit = (x.to(sum_type(x)) * scale for x in (pos_pairs, neg_pairs))
+        num_rows = int(torch.maximum(anchor.max(), anchor_of_negative.max())) + 1
+        losses = F.softplus(_log_sum_exp(logit, anchor_of_negative, num_rows)[anchor] - positive_logit)
+        return _result(losses.to(neg_pairs.dtype), (anchor, positive), "pos_pair")
 
 
 class SupConLoss(original.SupConLoss):
@@ -66,9 +84,8 @@ class SupConLoss(original.SupConLoss):
     ) -> dict[str, Any]:
         problem = _problem(self, embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if problem is None:
-            return super().compute_loss(
-                embeddings, labels, _as_tuple(indices_tuple, labels, ref_labels), ref_emb, ref_labels
-            )
+            pairs = _as_tuple(indices_tuple, labels, ref_labels)
+            return _in_float32(super().compute_loss, embeddings, labels, pairs, ref_emb, ref_labels)
         num_positives, num_negatives = int(problem.classes().num_positives.sum()), problem.num_negatives()
         if num_positives == 0 or num_negatives == 0 or (num_positives == 1 and num_negatives == 1):
             return self.zero_losses()
@@ -124,6 +141,23 @@ def _as_tuple(pairs: Any, labels: Tensor, ref_labels: Tensor) -> Any:
         other = pairs.own[a1] != p
         a1, p = a1[other], p[other]
     return a1, p, a2, n
+
+
+def _in_float32(
+    compute_loss: Callable[..., dict[str, Any]],
+    embeddings: Tensor,
+    labels: Tensor,
+    pairs: Any,
+    ref_emb: Tensor,
+    ref_labels: Tensor,
+) -> dict[str, Any]:
+    """The original's result, by way of float32 where rows are shorter: given pairs lose no digits that labels keep."""
+    rows, references = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (embeddings, ref_emb))
+    found = compute_loss(rows, labels, pairs, references, ref_labels)
+    losses = found["loss"]["losses"]
+    if isinstance(losses, Tensor):  # else the 0 of no pairs
+        found["loss"]["losses"] = losses.to(torch.promote_types(embeddings.dtype, ref_emb.dtype))
+    return found
 
 
 def _result(losses: Tensor, indices: Any, reduction_type: str) -> dict[str, Any]:
@@ -256,3 +290,11 @@ def _lowest(logit: Tensor, row: Tensor, num_rows: int, positive: Tensor) -> tupl
     place = pair.new_full((num_rows,), len(logit)).scatter_reduce(0, row[is_lowest], pair[is_lowest], "amin")
     place = place.clamp_max(len(logit) - 1)  # NaN is nowhere the lowest
     return positive[place], place
+
+
+def _log_sum_exp(logit: Tensor, row: Tensor, num_rows: int) -> Tensor:  # (Q,), (Q,) int64 -> (num_rows,)
+    """Over each row's logits; −inf, with gradient 0, where it has none."""
+    high = logit.new_full((num_rows,), -torch.inf).scatter_reduce(0, row, logit.detach(), "amax")
+    total = logit.new_zeros(num_rows).index_add(0, row, (logit - high[row]).exp())
+    some = total != 0  # NaN stays NaN
+    return torch.where(some, torch.where(some, total, 1.0).log() + high, -torch.inf)

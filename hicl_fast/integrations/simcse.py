@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hicl_fast import functional as HF
+from hicl_fast.distributed import ranks_of
+from hicl_fast.losses import FusedInfoNCELoss
 
 __all__ = ["simcse_loss"]
 
@@ -31,24 +31,27 @@ def simcse_loss(
         z3: (N, D) hard negatives.
         temperature: τ > 0, SimCSE's ``--temp``.
         hard_negative_weight: w, a logit, as SimCSE's ``--hard_negative_weight`` is. Without z3 it has no effect.
-        gather: join the representations of all processes first, as SimCSE does in training: every process computes
-            the loss of the joined batch, and has gradients for its own rows. Without a process group it has no effect.
+        gather: the loss of the joined batch of all processes, as in SimCSE's training: every process gets its value,
+            and its gradients for the process's own rows. Processes may have different numbers of rows, and each
+            compares only its own rows with everyone's. Without a process group it has no effect.
 
     Returns:
         The mean over the rows; a scalar, float32 (float64 where an input is).
+
+    Raises:
+        TypeError, ValueError: naming the argument; with ``gather``, on every process.
     """
-    if gather:
-        z1, z2 = joined(z1), joined(z2)
-        z3 = None if z3 is None else joined(z3)
     weight = hard_negative_weight if z3 is not None else 0.0
+    if gather and (ranks := ranks_of()).size > 1:
+        return _joined(z1, z2, z3, FusedInfoNCELoss(temperature, hard_negative_weight=weight, gather=True), ranks.size)
     return HF.info_nce(z1, z2, temperature=temperature, negatives=z3, hard_negative_weight=weight)
 
 
-def joined(rows: Tensor) -> Tensor:  # (N, D) -> (N · processes, D)
-    """All processes' rows, N on each, of which this one's keep their gradients; the rows where there is no process group."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return rows
-    parts = [torch.zeros_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.detach().contiguous())
-    parts[dist.get_rank()] = rows
-    return torch.cat(parts)
+def _joined(z1: Tensor, z2: Tensor, z3: Tensor | None, loss_fn: FusedInfoNCELoss, num_processes: int) -> Tensor:
+    """The joined batch's loss, of which this process computes its own rows' part.
+
+    ``loss_fn`` weighs a part for the mean over the processes, which DistributedDataParallel takes. SimCSE's joined loss
+    is the sum of the parts.
+    """
+    part = loss_fn(z1, z2, z3) / num_processes
+    return part + (loss_fn.last["loss"] - part).detach()

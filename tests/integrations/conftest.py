@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.distributed.conftest import clusters as clusters
+
 TEXTS = [
     "a quick brown fox jumps over the lazy dog",
     "the weather is lovely today",

@@ -10,13 +10,25 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGES = {
+    "lightning_simcse": "lightning",
     "sentence_transformers_hnm": "sentence_transformers",
+    "sentence_transformers_trainer": "datasets",
     "simcse": "tokenizers",
     "hicl_long_documents": "tokenizers",
 }
 
 
-@pytest.mark.parametrize("name", ["simcse", "sentence_transformers_hnm", "hicl_long_documents", "clip_symmetric"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "simcse",
+        "sentence_transformers_hnm",
+        "sentence_transformers_trainer",
+        "hicl_long_documents",
+        "clip_symmetric",
+        "lightning_simcse",
+    ],
+)
 def test_example(name: str) -> None:
     package = PACKAGES.get(name)
     if package is not None and importlib.util.find_spec(package) is None:

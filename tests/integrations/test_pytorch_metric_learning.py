@@ -11,6 +11,7 @@ from torch import Tensor
 pml = pytest.importorskip("pytorch_metric_learning")
 
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers  # noqa: E402
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu  # noqa: E402
 
 from hicl_fast.integrations import pytorch_metric_learning as fused  # noqa: E402
 from tests.integrations.test_sentence_transformers import Largest  # noqa: E402
@@ -126,6 +127,50 @@ def test_what_falls_back(name: str, options: dict[str, Any]) -> None:
     mined = miners.MultiSimilarityMiner()(embeddings(), LABELS)
     assert fused._problem(mine, embeddings(), LABELS, mined, embeddings(), LABELS) is None
     assert_same(evaluate(mine, [embeddings()], LABELS, mined), evaluate(theirs, [embeddings()], LABELS, mined))
+
+
+NOBODY = torch.empty(0, dtype=torch.int64)
+TRIPLETS = tuple(torch.tensor(x) for x in ([0, 0, 0, 2, 4], [2, 2, 5, 5, 8], [1, 1, 3, 6, 7]))  # one of them twice
+PAIRS = tuple(
+    torch.tensor(x) for x in ([0, 1, 4, 8], [2, 4, 8, 1], [0, 0, 8, 6, 3], [1, 7, 2, 0, 5])
+)  # 1, 4: positives alone
+
+
+@pytest.mark.parametrize("distance", [*DISTANCES.values(), distances.LpDistance])
+@pytest.mark.parametrize("indices", [TRIPLETS, PAIRS, (*PAIRS[:2], NOBODY, NOBODY), (NOBODY, NOBODY, *PAIRS[2:])])
+def test_given_pairs(indices: tuple[Tensor, ...], distance: Any) -> None:
+    mine, theirs = pair("NTXentLoss", distance=distance(), temperature=0.3)
+    for ref in ([], [embeddings(seed=1)]):
+        inputs = [embeddings(), *ref]
+        kw = {"ref_labels": LABELS} if ref else {}
+        assert_same(*(evaluate(loss, inputs, LABELS, indices, **kw) for loss in (mine, theirs)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_given_pairs_in_half_precision(name: str) -> None:
+    """All pairs written down have the losses of labels alone, to the last place of float16."""
+    mine, x = getattr(fused, name)(temperature=0.07), embeddings(dtype=torch.float16)
+    written = lmu.get_all_pairs_indices(LABELS)
+    by_labels, by_pairs = (
+        mine.compute_loss(x, LABELS, pairs, x, LABELS)["loss"]["losses"] for pairs in (None, written)
+    )
+    assert by_pairs.dtype == torch.float16
+    torch.testing.assert_close(by_pairs, by_labels, rtol=torch.finfo(torch.float16).eps, atol=1e-6)
+
+
+def test_given_pairs_are_not_multiplied() -> None:
+    """A miner that gives all 288 triplets of 12 rows."""
+    labels = torch.arange(12) // 4
+    x = embeddings(12)
+    triplets = miners.TripletMarginMiner(margin=10.0)(x, labels)
+    assert len(triplets[0]) == 288
+    sizes = []
+    for loss in pair("NTXentLoss"):
+        with Largest() as mode:
+            evaluate(loss, [x], labels, triplets)
+        sizes.append(mode.elements)
+    assert sizes[1] >= 288**2, "the count misses what it should find"
+    assert sizes[0] <= 288
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -354,17 +354,60 @@ def test_gist(
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
 
 
+def cached_gradients(cls: Any, students: list[Tensor], guides: list[Tensor], **options: Any) -> list[Tensor]:
+    """The loss of given embeddings in mini-batches of 4, and their gradients."""
+    loss = cls.__new__(cls)
+    torch.nn.Module.__init__(loss)
+    defaults = {"mini_batch_size": 4, "show_progress_bar": False, "gather_across_devices": False, "temperature": 0.05}
+    for name, value in {**defaults, **options}.items():
+        setattr(loss, name, value)
+    loss.similarity_fct = torch.nn.CosineSimilarity(dim=-1)
+    loss.cross_entropy_loss = torch.nn.CrossEntropyLoss()
+    reps = [[x.clone().requires_grad_() for x in column.split(4)] for column in students]
+    value = loss.calculate_loss(reps, [list(column.split(4)) for column in guides], with_backward=True)
+    assert not value.requires_grad
+    return [value, *(torch.cat([x.grad for x in column]) for column in reps)]
+
+
+@pytest.mark.parametrize("margin", [("absolute", 0.1), ("relative", 0.05)])
+@pytest.mark.parametrize(("num_columns", "contrast"), [(2, False), (3, True), (4, True)])
+def test_cached_gist(num_columns: int, contrast: bool, margin: tuple[str, float], monkeypatch: Any) -> None:
+    monkeypatch.setattr(gist, "CHUNK_BYTES", 400)
+    guides = columns(num_columns, n=9, dtype=torch.float32)
+    guides[1][4] = guides[1][2]
+    students = columns(num_columns, n=9, d=10, dtype=torch.float64)
+    options = {"margin_strategy": margin[0], "margin": margin[1]}
+    options |= {"contrast_anchors": contrast, "contrast_positives": contrast}
+    mine, theirs = (
+        cached_gradients(cls, students, guides, **options)
+        for cls in (fused.FusedCachedGISTEmbedLoss, losses.CachedGISTEmbedLoss)
+    )
+    for got, expected in zip(mine, theirs, strict=True):
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected)
+
+
 def test_gist_ties() -> None:
     """Copies of a text are equally similar to an anchor, which a matrix product may round apart."""
     generator = torch.Generator().manual_seed(0)
     anchor = torch.randn(61, 301, generator=generator)
     positive = torch.randn(61, 301, generator=generator)[torch.arange(61) % 7]
-    guide = gist.Embeddings(anchor, positive, None, 0)
+    guide = gist.Embeddings(anchor, positive, (), 0)
     threshold = gist._threshold(guide, gist.GistOptions(0.01, 0.0, False, False, False, torch.nn.CrossEntropyLoss()))
     exact, unit = (gist._Pairing(a, 0, b) for a, b in ((anchor, positive), (gist._unit(anchor), gist._unit(positive))))
     wanted = torch.nn.CosineSimilarity(dim=-1)(anchor[:, None], positive[None]) > threshold
     assert torch.equal(gist._above(threshold, exact, unit, slice(0, 61)), wanted)
     assert not torch.equal(unit.row @ unit.column.T > threshold, wanted), "the product alone would decide otherwise"
+
+
+def test_cached_gist_through_models(model: Any) -> None:
+    theirs, mine = (
+        cls(model, model, mini_batch_size=3) for cls in (losses.CachedGISTEmbedLoss, fused.FusedCachedGISTEmbedLoss)
+    )
+    assert mine.get_config_dict() == theirs.get_config_dict()
+    assert_same_training(model, mine, theirs, num_columns=3, atol=2e-5)
+    theirs, mine = (losses.MatryoshkaLoss(model, loss, matryoshka_dims=[256, 64]) for loss in (theirs, mine))
+    assert_same_training(model, mine, theirs, atol=2e-5)
 
 
 def test_gist_through_models(model: Any) -> None:

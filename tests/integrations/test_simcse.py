@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hicl_fast.integrations import simcse
 from hicl_fast.integrations.simcse import simcse_loss
+from tests.distributed.cluster import Cluster
 
 
 def rows(count: int, n: int = 6, d: int = 9) -> list[Tensor]:
@@ -45,26 +44,30 @@ def test_the_formula(hard_negatives: bool, weight: float, temperature: float) ->
         torch.testing.assert_close(mine, theirs)
 
 
-def test_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Process 1 of 3: the joined batch, with gradients for its own rows."""
-    parts = [rows(3, n=4), rows(3, n=5), rows(3, n=6)]
-    parts = [[x[:4] for x in part] for part in parts]
-    own = [x.clone().requires_grad_() for x in parts[1]]
+COUNTS = (4, 1, 6)  # rows of each process
 
-    def all_gather(out: list[Tensor], mine: Tensor) -> None:
-        assert not mine.requires_grad
-        column = next(i for i, x in enumerate(parts[1]) if torch.equal(x, mine))
-        for place, part in zip(out, parts, strict=True):
-            place.copy_(part[column])
 
-    group = SimpleNamespace(all_gather=all_gather, get_world_size=lambda: 3, get_rank=lambda: 1)
-    group.is_available = group.is_initialized = lambda: True
-    monkeypatch.setattr(simcse, "dist", group)
-    simcse_loss(*own, temperature=0.1, hard_negative_weight=0.5, gather=True).backward()
-    joined: list[Any] = [torch.cat([part[i] for part in parts]).requires_grad_() for i in range(3)]
-    by_the_formula(*joined, 0.1, 0.5).backward()
-    for mine, whole in zip(own, joined, strict=True):
-        torch.testing.assert_close(mine.grad, whole.grad[4:8])
+def columns_of(rank: int, count: int) -> list[Tensor]:
+    return [x[: COUNTS[rank]] for x in rows(count, n=6 + rank)]
+
+
+def on_rank(rank: int, size: int, count: int, weight: float) -> list[Tensor]:
+    leaves = [x.requires_grad_() for x in columns_of(rank, count)]
+    loss = simcse_loss(*leaves, temperature=0.1, hard_negative_weight=weight, gather=True)
+    loss.backward()
+    return [loss.detach(), *(x.grad for x in leaves)]
+
+
+@pytest.mark.parametrize(("count", "weight"), [(2, 0.0), (3, 0.0), (3, 0.5)])
+def test_all_processes(clusters: Callable[[int], Cluster], count: int, weight: float) -> None:
+    """On every process the joined batch's loss, and its gradients for the process's own rows."""
+    parts = [columns_of(rank, count) for rank in range(len(COUNTS))]
+    whole = [torch.cat(column).requires_grad_() for column in zip(*parts, strict=True)]
+    loss = by_the_formula(*(*whole, None)[:3], 0.1, weight)
+    loss.backward()
+    gradients = zip(*(x.grad.split(COUNTS) for x in whole), strict=True)
+    for got, expected in zip(clusters(len(COUNTS)).run(on_rank, count, weight), gradients, strict=True):
+        torch.testing.assert_close(got, [loss.detach(), *expected])
 
 
 def test_without_a_process_group() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,59 @@ def test_what_is_kept_is_a_chunk() -> None:
     embed_in_chunks(nn.Identity(), encode, 12, 4, CPU).square().sum().backward()
     assert (most, alive) == (4, 0)
     torch.testing.assert_close(weight.grad, 2 * rows.square().sum(dim=0))
+
+
+def test_gradients_are_exchanged_with_the_last_chunk() -> None:
+    """Earlier ones are taken under ``no_sync``, as DDP has it: ranks may have different numbers of chunks."""
+    exchanged: list[tuple[int, bool]] = []  # rows of a backward pass, and whether their gradients would be exchanged
+
+    class Parallel(nn.Linear):
+        exchanges = True
+
+        @contextlib.contextmanager
+        def no_sync(self) -> Iterator[None]:
+            self.exchanges = False
+            yield
+            self.exchanges = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            if y.requires_grad:
+                y.register_hook(lambda gradient: exchanged.append((len(gradient), self.exchanges)))
+            return y
+
+    model, rows = Parallel(6, 4), torch.randn(7, 6)
+    embed_in_chunks(model, lambda chunk: model(rows[chunk]), 7, 3, CPU).square().sum().backward()
+    assert exchanged == [(3, False), (3, False), (1, True)]
+
+
+@pytest.mark.parametrize("scale", [2.0**8, 2.0**40], ids=["in range", "overflows"])
+@pytest.mark.parametrize("chunk_size", [4, 100])
+def test_float16_with_a_gradient_scaler(chunk_size: int, scale: float) -> None:
+    """The same step as with all graphs kept; one whose gradients overflow is left out and the scale halved."""
+    rows = torch.randn(10, 6)
+    results = []
+    for caches in (False, True):
+        model = encoder().float()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        with torch.autocast("cpu", torch.float16):
+            if caches:
+                embeddings = embed_in_chunks(model, lambda chunk: model(rows[chunk]), 10, chunk_size, CPU)  # noqa: B023
+            else:
+                embeddings = torch.cat([model(part) for part in rows.split(chunk_size)])
+            loss = HF.info_nce(embeddings, embeddings.roll(1, 0), temperature=0.5)
+        assert embeddings.dtype == torch.float16
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        results.append(
+            (embeddings.detach(), loss.detach(), scaler.get_scale(), *(p.detach() for p in model.parameters()))
+        )
+    for plain, cached in zip(*results, strict=True):
+        torch.testing.assert_close(cached, plain, rtol=1e-3, atol=1e-4)
+    untrained = all(torch.equal(p, q) for p, q in zip(results[1][3:], encoder().float().parameters(), strict=True))
+    assert untrained == (scale == 2.0**40) and results[1][2] == (scale / 2 if untrained else scale)
 
 
 def write_start(paragraphs: Path, folder: Path, dropout: float) -> Path:

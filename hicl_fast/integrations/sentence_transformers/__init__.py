@@ -9,8 +9,8 @@ class                                 what is fused                             
 FusedMultipleNegativesRankingLoss,    cosine and dot product; every direction,     other similarity functions,
 FusedCachedMultiple...RankingLoss,    partition mode and hardness mode; hard       embeddings that aren't dense
 their ...SymmetricRankingLoss forms   negatives; gather_across_devices             matrices, two combinations (below)
-FusedGISTEmbedLoss                    similarities, masks and cross entropy, in    a similarity_fct that isn't
-                                      chunks of rows, in PyTorch                   nn.CosineSimilarity
+FusedGISTEmbedLoss,                   similarities, masks and cross entropy, in    a similarity_fct that isn't
+FusedCachedGISTEmbedLoss              chunks of rows, in PyTorch                   nn.CosineSimilarity
 ====================================  ===========================================  ====================================
 
 The two combinations: ``doc_to_doc`` without ``doc_to_query``, and ``query_to_query`` with a ``hardness_mode`` of
@@ -26,6 +26,7 @@ except ImportError as error:
 
 from hicl_fast.integrations.sentence_transformers import drop_ins
 from hicl_fast.integrations.sentence_transformers.drop_ins import (
+    FusedCachedGISTEmbedLoss,
     FusedCachedMultipleNegativesRankingLoss,
     FusedGISTEmbedLoss,
     FusedMultipleNegativesRankingLoss,
@@ -35,6 +36,7 @@ from hicl_fast.integrations.sentence_transformers.drop_ins import (
 from hicl_fast.integrations.sentence_transformers.methods import FusedHiCLLoss, FusedHNCSELoss
 
 __all__ = [
+    "FusedCachedGISTEmbedLoss",
     "FusedCachedMultipleNegativesRankingLoss",
     "FusedGISTEmbedLoss",
     "FusedHNCSELoss",

@@ -162,8 +162,7 @@ def _fuse_gist(parent: Any) -> Method:
 
     @functools.wraps(fallback)
     def forward(self: Any, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
-        similarity = self.similarity_fct
-        if not (type(similarity) is nn.CosineSimilarity and similarity.dim in (-1, 2)):
+        if not _compares_cosines(self):
             return fallback(self, sentence_features, labels)
         features = list(sentence_features)
         guide_features = [dict(feature) for feature in features]  # the model writes into what it is given
@@ -174,18 +173,47 @@ def _fuse_gist(parent: Any) -> Method:
             guides = _embed(parent, self.guide, guide_features)
         if len(embeddings) not in (2, 3):
             raise ValueError(f"Expected 2 or 3 embeddings, got {len(embeddings)}")
-        options = GistOptions(
-            self.temperature,
-            self.margin,
-            self.margin_strategy == "relative",
-            getattr(self, "contrast_anchors", True),  # always, before 5.1
-            getattr(self, "contrast_positives", True),
-            getattr(self, "cross_entropy_loss", F.cross_entropy),
-        )
         gather = functools.partial(_candidates_of_all, self, sys.modules[parent.__module__])
-        return gist_loss(gather(embeddings), gather(guides), options)
+        return gist_loss(gather(embeddings), gather(guides), _gist_options(self))
 
     return forward
+
+
+def _fuse_cached_gist(parent: Any) -> Method:
+    """``calculate_loss`` by products in chunks of rows, where the original broadcasts rows × candidates × dimensions."""
+    fallback: Method = parent.calculate_loss
+
+    @functools.wraps(fallback)
+    def calculate_loss(
+        self: Any, reps: list[list[Tensor]], reps_guided: list[list[Tensor]], *, with_backward: bool = False
+    ) -> Tensor:
+        if not _compares_cosines(self) or len(reps) != len(reps_guided):
+            return fallback(self, reps, reps_guided, with_backward=with_backward)
+        gather = functools.partial(_candidates_of_all, self, sys.modules[parent.__module__])
+        student, guide = (gather([torch.cat(column) for column in columns]) for columns in (reps, reps_guided))
+        loss = gist_loss(student, guide, _gist_options(self))
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss
+
+    return calculate_loss
+
+
+def _compares_cosines(loss: Any) -> bool:
+    similarity = loss.similarity_fct
+    return type(similarity) is nn.CosineSimilarity and similarity.dim in (-1, 2)
+
+
+def _gist_options(loss: Any) -> GistOptions:
+    return GistOptions(
+        loss.temperature,
+        loss.margin,
+        loss.margin_strategy == "relative",
+        getattr(loss, "contrast_anchors", True),  # always, before 5.1
+        getattr(loss, "contrast_positives", True),
+        getattr(loss, "cross_entropy_loss", F.cross_entropy),
+    )
 
 
 def _candidates_of_all(loss: Any, module: Any, embeddings: list[Tensor]) -> Embeddings:
@@ -195,7 +223,7 @@ def _candidates_of_all(loss: Any, module: Any, embeddings: list[Tensor]) -> Embe
     if getattr(loss, "gather_across_devices", False):
         candidates = [module.all_gather_with_grad(x) for x in candidates]
         first = module.get_rank() * len(anchor)
-    return Embeddings(anchor, candidates[0], candidates[1] if len(candidates) == 2 else None, first)
+    return Embeddings(anchor, candidates[0], tuple(candidates[1:]), first)
 
 
 def _embed(parent: Any, model: Any, features: list[dict[str, Tensor]]) -> list[Tensor]:
@@ -218,6 +246,7 @@ def _retokenised(loss: Any, feature: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 _gist = _fuse_gist(original.GISTEmbedLoss)
+_cached_gist = _fuse_cached_gist(original.CachedGISTEmbedLoss)
 
 
 class FusedGISTEmbedLoss(original.GISTEmbedLoss):
@@ -229,12 +258,22 @@ class FusedGISTEmbedLoss(original.GISTEmbedLoss):
     forward = _gist
 
 
+class FusedCachedGISTEmbedLoss(original.CachedGISTEmbedLoss):
+    """:class:`sentence_transformers.losses.CachedGISTEmbedLoss`, whose arguments it takes.
+
+    ``mini_batch_size`` bounds what the encoders hold; the loss itself is computed in chunks of its own.
+    """
+
+    calculate_loss = _cached_gist
+
+
 # --- code that can't be edited ---------------------------------------------------------------------------------------
 
 _METHODS: tuple[tuple[type[nn.Module], Method], ...] = (
     (original.MultipleNegativesRankingLoss, _ranking),
     (original.CachedMultipleNegativesRankingLoss, _cached_ranking),
     (original.GISTEmbedLoss, _gist),
+    (original.CachedGISTEmbedLoss, _cached_gist),
 )
 
 

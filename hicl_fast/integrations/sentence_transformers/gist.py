@@ -28,7 +28,7 @@ class Embeddings(NamedTuple):
 
     anchor: Tensor  # (B, D)
     positive: Tensor  # (W, D)
-    negative: Tensor | None  # (W, D)
+    negatives: tuple[Tensor, ...]  # (W, D) each, columns of hard negatives
     first: int
 
 
@@ -58,8 +58,8 @@ def gist_loss(student: Embeddings, guide: Embeddings, options: GistOptions) -> T
     threshold = _threshold(guide, options)  # (B, 1)
     unit_guided = [_Pairing(_unit(pair.row), pair.first, _unit(pair.column)) for pair in guided]
 
-    def loss_of_rows(rows: slice, anchor: Tensor, positive: Tensor, *negative: Tensor) -> Tensor:
-        embeddings = Embeddings(anchor, positive, negative[0] if negative else None, student.first)
+    def loss_of_rows(rows: slice, anchor: Tensor, positive: Tensor, *negatives: Tensor) -> Tensor:
+        embeddings = Embeddings(anchor, positive, negatives, student.first)
         scores = []
         for block, pair in enumerate(_pairings(embeddings, options)):
             suppressed = _above(threshold[rows], guided[block], unit_guided[block], rows)
@@ -71,7 +71,7 @@ def gist_loss(student: Embeddings, guide: Embeddings, options: GistOptions) -> T
         target = torch.arange(first, first + rows.stop - rows.start, device=anchor.device)
         return options.cross_entropy(torch.cat(scores, dim=1) / options.temperature, target)
 
-    inputs = [x for x in (student.anchor, student.positive, student.negative) if x is not None]
+    inputs = (student.anchor, student.positive, *student.negatives)
     num_rows = student.anchor.shape[0]
     return mean_over_chunks(loss_of_rows, num_rows, _chunk_rows(guided), *(_unit(x) for x in inputs))
 
@@ -85,15 +85,13 @@ def _chunk_rows(guided: list[_Pairing]) -> int:
 
 def _pairings(embeddings: Embeddings, options: GistOptions) -> list[_Pairing]:
     """The blocks of columns in the original's order."""
-    anchor, positive, negative, first = embeddings
+    anchor, positive, negatives, first = embeddings
     pairs = [_Pairing(anchor, 0, positive)]
     if options.contrast_anchors:
         pairs.append(_Pairing(anchor, 0, anchor))
     if options.contrast_positives:
         pairs.append(_Pairing(positive, first, positive))
-    if negative is not None:
-        pairs.append(_Pairing(anchor, 0, negative))
-    return pairs
+    return pairs + [_Pairing(anchor, 0, negative) for negative in negatives]
 
 
 def _threshold(guide: Embeddings, options: GistOptions) -> Tensor:  # (B, 1)
