@@ -5,6 +5,7 @@
 // what they have read, 16 bytes at a time, until the row's sum is known: every operand is read once. Rows longer than 4096
 // are read twice, the second time from cache.
 #pragma once
+#include "norm.cuh"
 #include "rows.h"
 #include "tile_product.cuh"
 
