@@ -29,6 +29,7 @@ from tqdm import tqdm
 import hicl_fast
 import hicl_fast.functional as HF
 from hicl_fast import FusedInfoNCELoss, HardNegativeMixing, reference
+from hicl_fast.backend.registry import NAMES
 
 PLAIN = "InfoNCE without mixing"
 TEMPERATURE = 0.05
@@ -62,7 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dim", type=int, default=768)
     add("--dtype", choices=[str(t).removeprefix("torch.") for t in TOLERANCE], default="float32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--backends", nargs="+", choices=available, default=available[::-1], metavar="NAME")
+    add("--backends", nargs="+", choices=NAMES, default=available[::-1], metavar="NAME")
     add("--rivals", nargs="+", choices=["none", *RIVALS], default=list(RIVALS), metavar="NAME", help="or none")
     add("--seconds", type=float, default=10.0, help="of timing for each batch size")
     add("--threads", type=int, help="default: PyTorch's")

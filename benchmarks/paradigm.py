@@ -27,7 +27,7 @@ from tqdm import tqdm
 import hicl_fast
 import hicl_fast.functional as HF
 from hicl_fast import reference
-from hicl_fast.reference.paradigm import MODIFIABLE, OBJECTIVES
+from hicl_fast.reference.paradigm import HINGES, MODIFIABLE, OBJECTIVES
 
 LIMIT = "one product"
 TOLERANCE = 1e-3
@@ -96,7 +96,7 @@ def products(name: str, n: int, d: int) -> float:
     """How many products of 2 N² D operations the equations need."""
     objective, *modified = name.split("+")
     within = 2 if "gd" in modified else 0  # each view's nearest neighbours
-    if objective in ("mpt", "met", "mat"):
+    if objective in HINGES:
         return 1
     if objective in ("info_nce", "arccon"):
         return 3

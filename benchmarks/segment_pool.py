@@ -22,7 +22,8 @@ from torch import Tensor
 
 import hicl_fast
 import hicl_fast.functional as HF
-from hicl_fast import reference
+from hicl_fast import BackendError, reference
+from hicl_fast.backend.registry import NAMES
 
 COPY = "copy of the segments"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -51,7 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=[str(t).removeprefix("torch.") for t in TOLERANCE], default="float32")
-    parser.add_argument("--backends", nargs="+", choices=available, default=available[::-1], metavar="NAME")
+    parser.add_argument("--backends", nargs="+", choices=NAMES, default=available[::-1], metavar="NAME")
     parser.add_argument("--seconds", type=float, default=3.0, help="of timing for each kind of lengths")
     parser.add_argument("--json", metavar="FILE")
     return parser.parse_args(argv)
@@ -85,8 +86,13 @@ def measure(args: argparse.Namespace, kind: str, device: torch.device, dtype: to
     one_pass, pooled = segments.numel() * segments.element_size(), upstream.numel() * upstream.element_size()
     moved, errors = {COPY: 2 * one_pass}, {}
     steps: dict[str, Step] = {COPY: partial(destination.copy_, segments)}
+    rows: list[Row] = []
     for name, pool in pools.items():
-        error = check(pool, segments, offsets, weights)
+        try:
+            error = check(pool, segments, offsets, weights)
+        except BackendError as refusal:
+            rows.append({"batch": num_segments, "lengths": kind, "name": name, "skipped": str(refusal)})
+            continue
         for direction, wants_weights, passes in (("", None, 1), (" + backward", False, 2), (" + both", True, 3)):
             full_name = f"{name}{direction}"
             errors[full_name] = error
@@ -97,7 +103,6 @@ def measure(args: argparse.Namespace, kind: str, device: torch.device, dtype: to
     gpu = {name: gpu_seconds(step, device) for name, step in steps.items()}
     taken = {name: gpu[name] or timings[name].median for name in steps}
     rate = moved[COPY] / taken[COPY]
-    rows: list[Row] = []
     for name, timing in timings.items():
         row = {"batch": num_segments, "lengths": kind, "name": name, **asdict(timing), "memory": memory[name]}
         row |= {"gpu": gpu[name], "bytes": moved[name], "ratio": taken[name] * rate / moved[name]}

@@ -295,7 +295,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max_seq_length", type=int, help="tokens kept of a sentence; default: all the model takes")
     add("--batch_size", type=int, default=64, help="sentences embedded at a time")
     add("--device", help="where to embed and search; default: embed on a GPU where there is one, search on the CPU")
-    add("--backend", default="auto", help="of the search: auto, torch, cpp or triton")
+    add("--backend", default="auto", help="of the search: auto, torch, cpp, triton or cuda")
     return parser
 
 

@@ -90,8 +90,14 @@ def tile_for(x: Tensor, precision: str, *, narrow: bool) -> Tile:
 
     ``similarity_slopes`` and statistics by column need the narrow one.
     """
-    operand = "16 bit" if x.element_size() == 2 else "tf32" if precision == "tf32" else "fp32"
-    return (narrow_tile if narrow else similarity_tile)(architecture(x.device), operand)
+    return (narrow_tile if narrow else similarity_tile)(architecture(x.device), operand_of(x, precision))
+
+
+def operand_of(x: Tensor, precision: str) -> str:
+    """The tile table's name for vectors of x's type, multiplied in ``precision``."""
+    if x.element_size() == 2:
+        return "16 bit"
+    return "tf32" if precision == "tf32" else "fp32"
 
 
 # --- similarities ----------------------------------------------------------------------------------------------------
@@ -371,8 +377,7 @@ def hardest(
 ) -> Tensor:  # (N, k) int64
     """Each row's k largest keys, falling; see kernels/hard_negatives.py."""
     num_rows, kept = query.x.shape[0], _hard_negatives.kept(k)
-    operand = "16 bit" if query.x.element_size() == 2 else "tf32" if precision == "tf32" else "fp32"
-    tile = _hard_negatives.hard_negatives_tile(architecture(query.x.device), operand, k)
+    tile = _hard_negatives.hard_negatives_tile(architecture(query.x.device), operand_of(query.x, precision), k)
     row_tiles, col_tiles = triton.cdiv(num_rows, tile.rows), triton.cdiv(columns.count, tile.cols)
     tiles_per_part = min(col_tiles, max(_FEWEST_TILES, triton.cdiv(col_tiles * row_tiles, _PROGRAMS)))
     parts = triton.cdiv(col_tiles, tiles_per_part)

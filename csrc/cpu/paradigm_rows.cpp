@@ -99,7 +99,11 @@ Tensor run_gradient(const Tensor& unit, const Tensor& norm, const Tensors& rows,
   T* out = data<T>(gradients);
   const T *x = unit.const_data_ptr<T>(), *length = norm.const_data_ptr<T>();
   std::vector<Term<T>> terms;
-  for (size_t t = 0; t < rows.size(); ++t) terms.emplace_back(rows[t], factors[t], sources[t], targets[t]);
+  for (size_t t = 0; t < rows.size(); ++t) {
+    STD_TORCH_CHECK(factors[t].numel() == n && rows[t].size(1) == d, "factors: expected ", n, " and rows of ", d,
+                    " elements, got ", factors[t].numel(), " and ", rows[t].size(1));
+    terms.emplace_back(rows[t], factors[t], sources[t], targets[t]);
+  }
   const RowKernels<T>& k = row_kernels<T>();
   torch::stable::parallel_for(0, n, rows_per_thread(d), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -26,15 +26,16 @@ class SoftmaxWeight {
   double scale_;
 };
 
-// max(s, 1e-4)^p
+// max(s, 1e-4)^p, divided by the largest: the floor's twelfth power is 0 in float32
 template <typename T>
 class PowerWeight {
  public:
   explicit PowerWeight(double exponent) : exponent_(exponent) {}
 
-  T operator()(T* row, T, int64_t n, double* log_factor) const {
+  T operator()(T* row, T hardest, int64_t n, double* log_factor) const {
     constexpr T kFloor = T(1e-4);
-    *log_factor = 0;
+    const T base = hardest < kFloor || exponent_ < 0 ? kFloor : hardest;
+    *log_factor = exponent_ * std::log(double(base));
     const bool is_small = exponent_ == std::floor(exponent_) && exponent_ >= 1 && exponent_ <= 16;
     double total = 0;
     for (int64_t j = 0; j < n; ++j) {
@@ -42,7 +43,7 @@ class PowerWeight {
         row[j] = 0;
         continue;
       }
-      const T s = row[j] < kFloor ? kFloor : row[j];
+      const T s = (row[j] < kFloor ? kFloor : row[j]) / base;
       row[j] = is_small ? repeated(s, int(exponent_)) : std::pow(s, T(exponent_));
       total += double(row[j]);
     }

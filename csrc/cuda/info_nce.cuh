@@ -252,7 +252,7 @@ __device__ __forceinline__ float probability(float logit, float negative_lse) {
 // The last step: through the normalisation, ∂/∂x = (I − x̂ x̂ᵀ) g / ‖x‖.
 template <typename T>
 __device__ __forceinline__ float through_norm(float unit_grad, T x, float inverse, float dot) {
-  const float along = inverse < 1.0f / kNormFloor ? dot * to_float(x) * inverse : 0.0f;  // shorter rows: divided by a constant
+  const float along = has_constant_norm(inverse) ? 0.0f : dot * to_float(x) * inverse;
   return (unit_grad - along) * inverse;
 }
 

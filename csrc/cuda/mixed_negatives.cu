@@ -15,7 +15,7 @@ int launch_mixture_gradients(const MixedNegatives& p, const MixtureGradients& g,
     using T = typename decltype(tag)::Type;
     return launch(mixture_gradient_kernel<T>, g.count, kTileThreads, MixtureGradientMemory<T>::bytes(p.k), stream, p, g);
   });
-  if (error || !g.bank_grad) return error;
+  if (error || !g.bank_grad || p.num_bank == 0) return error;
   return launch(join_additions_kernel, int64_t(p.num_bank) * join_slices(p.dim), kTileThreads, kJoinShared, stream, p, g);
 }
 

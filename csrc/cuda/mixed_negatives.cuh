@@ -209,8 +209,7 @@ __device__ __forceinline__ void make_matrix(const MixedNegatives& p, const Mixtu
   }
   const float dot = block_sum(own_dots, memory.scratch);  // of the query's unit vector and its gradient
   if (c < p.k) column[p.k * stride] = memory.matrix[c * stride + p.k] = along * query_inverse;
-  const bool is_constant = query_inverse >= 1.0f / kNormFloor;  // shorter rows are divided by a constant
-  if (c == 0) memory.matrix[p.k * stride + p.k] = is_constant ? 0.0f : -dot * query_inverse * query_inverse;
+  if (c == 0) memory.matrix[p.k * stride + p.k] = has_constant_norm(query_inverse) ? 0.0f : -dot * query_inverse * query_inverse;
 }
 
 template <typename T>

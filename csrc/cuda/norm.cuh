@@ -12,4 +12,7 @@ __device__ __forceinline__ float inverse_of_norm(float squares, float floor = kN
   return norm == 0.0f ? 0.0f : 1.0f / fmaxf(norm, floor) + (norm - norm);
 }
 
+// Whether a row is shorter than the floor and so divided by a constant: its inverse is 1 / floor, give or take a rounding.
+__device__ __forceinline__ bool has_constant_norm(float inverse, float floor = kNormFloor) { return inverse * floor > 0.999999f; }
+
 }  // namespace hicl::cuda

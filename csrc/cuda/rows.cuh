@@ -207,9 +207,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) norm_gradient_kernel(RowShape 
     along += dot_of(gradient, unit);
   }
   along = row_sum<Part>(along);
-  // A row below the floor has its length held constant: nothing is taken off along it. Its inverse norm is 1 / floor,
-  // give or take a rounding.
-  if (inverse * b.floor > 0.999999f) along = 0.0f;
+  if (has_constant_norm(inverse, b.floor)) along = 0.0f;  // nothing is taken off along such a row
   for (Part part(shape.dim); part.is_inside(); part.advance()) {
     if (!part.is_all()) load(part);
     add_scaled(gradient, unit, -along);

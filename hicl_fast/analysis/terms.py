@@ -12,14 +12,14 @@ from hicl_fast import functional as HF
 from hicl_fast.backend import chunked_paradigm as engine
 from hicl_fast.ops.autograd import without_autocast
 from hicl_fast.ops.paradigm_engine import RowWeights, Views
-from hicl_fast.ops.paradigm_objectives import angle, dissipation_of, distance, ratio_of
+from hicl_fast.ops.paradigm_objectives import MEASURES, angle, dissipation_of, ratio_of
 from hicl_fast.ops.paradigm_settings import Settings
 from hicl_fast.ops.problem import sum_type
 from hicl_fast.ops.unit_rows import row_dot
 from hicl_fast.reference.paradigm import (
     DISTANCE_FLOOR,
+    HINGES,
     MODIFIABLE,
-    POWER_FLOOR,
     Dissipation,
     Modification,
     Objective,
@@ -83,7 +83,7 @@ def gradient_terms(
             return _of_modifiable(views, objective, settings)
         found = engine.statistics(views.u.rows, views.v.rows, temperature, columns=False)
         rows = PairStatistics(views.positive, found.hardest, found.nearest, found.lse)
-        if settings.objective in ("mpt", "met", "mat") or settings.weight == "hardest":
+        if settings.objective in HINGES or settings.weight == "hardest":
             entropy, share = _of_one_negative(rows.hardest)
         else:
             entropy, share = _of_weights(views.u.rows, views.v.rows, rows.nearest, _weights(rows, settings))
@@ -97,24 +97,20 @@ def _dissipation(rows: PairStatistics, settings: Settings) -> Tensor:
     if objective in ("info_nce", "arccon"):
         positive = torch.cos(angle(rows.positive).value + settings.margin) if settings.margin else rows.positive
         return torch.sigmoid(rows.lse - positive / settings.temperature)
-    if objective == "mpt":
-        gap = rows.positive - rows.hardest
-    else:
-        measure = distance if objective == "met" else angle
-        gap = measure(rows.hardest).value - measure(rows.positive).value
+    measure = MEASURES[objective]
+    gap = measure(rows.hardest).value - measure(rows.positive).value
     return (gap < settings.margin).to(gap.dtype)
 
 
 def _ratio(rows: PairStatistics, settings: Settings) -> Tensor:
     objective = settings.objective
-    if objective == "custom" or objective in ("info_nce", "mpt"):
+    if objective in ("custom", "info_nce"):
         return ratio_of(rows, settings)
-    positive = angle(rows.positive).value
     if objective == "arccon":
+        positive = angle(rows.positive).value
         return torch.sin(positive + settings.margin) / torch.sin(positive)
-    if objective == "met":
-        return distance(rows.hardest).value / distance(rows.positive).value
-    return torch.sin(angle(rows.hardest).value) / torch.sin(positive)
+    pull, push = (MEASURES[objective](s).slope for s in (rows.positive, rows.hardest))
+    return torch.where(push == 0, 0.0, pull / push)  # a negative in the clamp is not pushed
 
 
 def _weights(rows: PairStatistics, settings: Settings) -> RowWeights:
@@ -123,10 +119,11 @@ def _weights(rows: PairStatistics, settings: Settings) -> RowWeights:
         return lambda s, at: weight(s, PairStatistics(*(x[at] for x in rows)))
     if weight == "uniform":
         return lambda s, at: torch.ones_like(s)
-    if isinstance(weight, tuple):
-        power = float(weight[1])
-        return lambda s, at: s.clamp_min(POWER_FLOOR).pow(power)
-    return _softmax(rows.lse, settings.temperature)
+    if weight == "softmax":
+        return _softmax(rows.lse, settings.temperature)
+    assert isinstance(weight, (tuple, list))
+    name, parameter = weight
+    return lambda s, at: engine.WEIGHTS[name](s.clone(), rows.hardest[at], float(parameter))[0]
 
 
 def _softmax(lse: Tensor, temperature: float) -> RowWeights:

@@ -23,7 +23,9 @@ def _softmax(s: Tensor, hardest: Tensor, temperature: float) -> tuple[Tensor, Te
 
 
 def _power(s: Tensor, hardest: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
-    return s.clamp_min_(POWER_FLOOR).pow_(exponent), torch.zeros_like(hardest)
+    # Divided by the row's largest weight, since the floor's twelfth power is 0 in float32.
+    base = hardest.clamp_min(POWER_FLOOR) if exponent >= 0 else torch.full_like(hardest, POWER_FLOOR)
+    return s.clamp_min_(POWER_FLOOR).div_(base[:, None]).pow_(exponent), exponent * base.log()
 
 
 # What each weight is of similarities (R, N), whose diagonal is overwritten afterwards, with their rows' largest (R,)

@@ -16,6 +16,7 @@ __all__ = ["hard_negatives", "info_nce", "mixed_negatives", "refusal", "segment_
 
 # The device that the loaded operators take; the tests, which load emulated ones, say "cpu".
 DEVICE_TYPE = "cuda"
+LOWEST_CAPABILITY = (8, 0)  # that the binary has code for
 
 
 def status() -> BackendStatus:
@@ -32,6 +33,8 @@ def status() -> BackendStatus:
         return _missing("the C++ extension was built without its CUDA kernels")
     if not torch.cuda.is_available():
         return _missing("PyTorch sees no GPU")
+    if (capability := torch.cuda.get_device_capability()) < LOWEST_CAPABILITY:
+        return _missing(f"it needs a GPU from sm_80 on, got sm_{capability[0]}{capability[1]}")
     return BackendStatus("cuda", True, "", f"CUDA C++, {torch.cuda.get_device_name()}")
 
 

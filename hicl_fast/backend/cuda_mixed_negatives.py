@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ADDITION_BYTES = (
-    64 << 20
-)  # of what rows add to their negatives' gradients: more rows than that holds come one after another
+# Of what rows add to their negatives' gradients: more rows than that holds come one after another.
+ADDITION_BYTES = 64 << 20
 
 
 def forward(

@@ -36,7 +36,7 @@ class BackendStatus:
 class Call(NamedTuple):
     """What the choice of a backend can depend on."""
 
-    operator: str  # "info_nce" | "segment_pool"
+    operator: str  # an operator of :class:`Backend`
     device_type: str
     dtype: torch.dtype  # of the sums
     features: tuple[str, ...] = ()  # what it asks beyond the plain call and a backend may have to refuse

@@ -11,7 +11,7 @@ import torch
 
 from hicl_fast.backend.registry import BackendStatus, Call
 
-__all__ = ["refusal", "status"]  # and info_nce and segment_pool, which are loaded when used
+__all__ = ["refusal", "status"]  # and the operators, which are loaded when used
 
 
 def status() -> BackendStatus:

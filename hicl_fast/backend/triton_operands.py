@@ -86,7 +86,7 @@ class Operands:
         ordered = key_group.sort().values
         last = torch.searchsorted(ordered, query_group, right=True)
         count = last - torch.searchsorted(ordered, query_group)
-        return (count + (key_group[self.target] != query_group)).to(torch.float32)
+        return (count + (key_group[self.target.clamp(0, len(key_group) - 1)] != query_group)).to(torch.float32)
 
     @functools.cached_property
     def rows_by_target(self) -> tuple[Tensor, Tensor] | None:

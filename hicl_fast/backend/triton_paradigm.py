@@ -7,6 +7,7 @@ is, and multiplies them by the library's product. Unit rows are float32, so prod
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from hicl_fast.kernels import launch
 from hicl_fast.kernels.tiles import Tile
 from hicl_fast.ops.paradigm_engine import Combination, Statistics, Term
 from hicl_fast.ops.unit_rows import UnitRows
+from hicl_fast.reference.paradigm import POWER_FLOOR
 
 __all__ = ["combine", "combine_by", "gradient", "statistics", "views"]
 
@@ -90,11 +92,15 @@ def combine(x: Tensor, y: Tensor, t: Tensor, weight: str, parameter: float) -> C
 
 def _log_factor(x: Tensor, y: Tensor, weight: str, parameter: float) -> Tensor:  # (N,)
     """What is taken out of a row's weights so that they stay in float32's range: its logarithm."""
-    if weight != "softmax":
-        return x.new_zeros(len(x))
-    if 2 / parameter <= MAX_SPREAD:
-        return x.new_full((len(x),), 1 / parameter)
-    return statistics(x, y, None, columns=False).hardest / parameter
+    if weight == "softmax":
+        if 2 / parameter <= MAX_SPREAD:
+            return x.new_full((len(x),), 1 / parameter)
+        return statistics(x, y, None, columns=False).hardest / parameter
+    if weight == "power" and abs(parameter) * -math.log(POWER_FLOOR) > MAX_SPREAD:
+        if parameter < 0:
+            return x.new_full((len(x),), parameter * math.log(POWER_FLOOR))
+        return parameter * statistics(x, y, None, columns=False).hardest.clamp_min(POWER_FLOOR).log()
+    return x.new_zeros(len(x))
 
 
 def _first_largest(value: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:  # (T, N), (T, N) -> (N,), (N,) int64

@@ -15,6 +15,7 @@ from hicl_fast.reference.paradigm import (
     DEFAULT_MARGIN,
     MODIFIABLE,
     OBJECTIVES,
+    PARAMETRIC_WEIGHTS,
     Dissipation,
     Modification,
     Objective,
@@ -174,7 +175,7 @@ def _check_parts(dissipation: Dissipation, weight: Weight, ratio: Ratio) -> None
     elif dissipation is not None and not callable(dissipation):
         check.real_number("dissipation", dissipation)
     if isinstance(weight, (tuple, list)):
-        if len(weight) != 2 or weight[0] != "power":
+        if len(weight) != 2 or weight[0] not in PARAMETRIC_WEIGHTS:
             raise ValueError(f"weight: expected ('power', p), got {check.describe(weight)}")
         check.real_number("weight", weight[1])
     elif not callable(weight):

@@ -76,7 +76,8 @@ def joined(rows: Tensor) -> Tensor:  # (N, D) -> (N · processes, D)
     """All processes' rows, N on each, of which this one's keep their gradients; the rows where there is no process group."""
     if not (dist.is_available() and dist.is_initialized()):
         return rows
-    parts = [torch.zeros_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.detach().contiguous())
+    own = rows.detach().contiguous()
+    parts = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
     parts[dist.get_rank()] = rows
     return torch.cat(parts)

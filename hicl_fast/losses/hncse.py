@@ -65,8 +65,8 @@ class HardNegativeMixing(nn.Module):
         queue_size: rows of previous batches that are kept, with ``bank="previous"``. While there are fewer than k, all
             of them are mixed; while there are fewer than two, nothing is.
         seed: of the pairs; default: PyTorch's initial seed.
-        backend: with ``bank="previous"``: ``"auto"``, ``"torch"``, ``"cpp"`` or ``"triton"``. The batch's own keys are
-            mixed by the loss's backend.
+        backend: with ``bank="previous"``: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``. The batch's own
+            keys are mixed by the loss's backend.
 
     Attributes:
         mixed: what the last call of the loss mixed, or ``None``.

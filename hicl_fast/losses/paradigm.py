@@ -37,7 +37,7 @@ class GradientParadigmLoss(nn.Module):
         ratio: of ``"custom"`` and of the modification ``"r"``; the paper takes 1.75 for mhe and mhs, 1.5 for the others.
         log_gradient_terms: whether ``last`` has the gradient's parts too
             (:func:`hicl_fast.analysis.gradient_terms`); reading them takes two to four products.
-        backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+        backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"`` (the first two objectives alone).
         gather: with several processes, the loss of the batch that they have together (docs/distributed.md): of
             ``"info_nce"`` and ``"arccon"`` a rank computes its own rows' part, of the others every rank computes all.
             Not with functions as parts of ``"custom"`` that differ between ranks.

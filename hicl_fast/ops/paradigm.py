@@ -86,8 +86,8 @@ def _fake(u: Tensor, v: Tensor, *rest: Any) -> _Outputs:
     return empty(), empty(n), hardest, gradients[0], gradients[1]
 
 
-def _save(ctx: Any, u: Tensor, v: Tensor, gradients: tuple[Tensor, Tensor]) -> None:
-    ctx.types = (u.dtype, v.dtype)
+def _save(ctx: Any, types: tuple[torch.dtype, torch.dtype], gradients: tuple[Tensor, Tensor]) -> None:
+    ctx.types = types
     ctx.save_for_backward(*gradients)
     ctx.set_materialize_grads(False)
 
@@ -111,7 +111,7 @@ class _Paradigm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, v: Tensor, settings: Settings, backend: str) -> tuple[Tensor, Tensor, Tensor]:
         loss, positive, hardest, *gradients = _run(u, v, settings, True, backend)
-        _save(ctx, u, v, (gradients[0], gradients[1]))
+        _save(ctx, (u.dtype, v.dtype), (gradients[0], gradients[1]))
         ctx.mark_non_differentiable(positive, hardest)
         return loss, positive, hardest
 
@@ -122,7 +122,7 @@ class _Paradigm(torch.autograd.Function):
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
-    _save(ctx, inputs[0], inputs[1], (output[3], output[4]))
+    _save(ctx, (inputs[0].dtype, inputs[1].dtype), (output[3], output[4]))
     ctx.mark_non_differentiable(*output[1:])
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hicl_fast._checks import describe
 from hicl_fast.ops.paradigm_engine import Engine, RowWeights, Term, Views
 from hicl_fast.ops.paradigm_settings import Settings
 from hicl_fast.ops.problem import ANGLE_CLAMP
@@ -42,6 +43,9 @@ class Measured(NamedTuple):
     slope: Tensor  # (N,)
 
 
+Measure = Callable[[Tensor], Measured]  # similarities (N,) ->
+
+
 def similarity(s: Tensor) -> Measured:
     return Measured(-s, torch.full_like(s, -1.0))  # smaller is nearer, as with the other two
 
@@ -58,7 +62,7 @@ def angle(s: Tensor) -> Measured:
     return Measured(theta, torch.where((s >= low) & (s <= high), -1 / torch.sin(theta), 0.0))
 
 
-def hinge(measure: Callable[[Tensor], Measured]) -> Objective:
+def hinge(measure: Measure) -> Objective:
     """``mean_i relu(measure(s_ii) − min_{j≠i} measure(s_ij) + m)``."""
 
     def objective(views: Views, settings: Settings, engine: Engine) -> Result:
@@ -118,18 +122,29 @@ def _weighted_rows(
     elif weight == "uniform":
         rows = (y.sum(dim=0) - y).div_(len(y) - 1)
     else:
-        rows = engine.combine(x, y, y, "power", float(weight[1])).rows
+        rows = engine.combine(x, y, y, weight[0], float(weight[1])).rows
     return Term(rows, one), one, known
 
 
 def _of_rows(weight: Callable[[Tensor, PairStatistics], Tensor], known: PairStatistics) -> RowWeights:
-    return lambda s, rows: weight(s, PairStatistics(*(x[rows] for x in known)))
+    def weights(s: Tensor, rows: slice) -> Tensor:
+        return _shaped("weight", weight(s, PairStatistics(*(x[rows] for x in known))), s)
+
+    return weights
+
+
+def _shaped(name: str, value: Tensor, like: Tensor) -> Tensor:
+    """What a user's function gave, which other shapes would turn into other numbers further on."""
+    if not isinstance(value, Tensor) or value.shape != like.shape:
+        came = describe(value)
+        raise ValueError(f"{name}: expected a function that gives a tensor of shape {tuple(like.shape)}, got {came}")
+    return value
 
 
 def dissipation_of(rows: PairStatistics, settings: Settings) -> Tensor:  # (N,)
     dissipation = settings.dissipation
     if callable(dissipation):
-        return dissipation(rows)
+        return _shaped("dissipation", dissipation(rows), rows.positive)
     if dissipation is None:
         return torch.ones_like(rows.positive)
     if isinstance(dissipation, str):
@@ -140,7 +155,7 @@ def dissipation_of(rows: PairStatistics, settings: Settings) -> Tensor:  # (N,)
 def ratio_of(rows: PairStatistics, settings: Settings) -> Tensor:  # (N,)
     ratio = settings.ratio
     if callable(ratio):
-        return ratio(rows)
+        return _shaped("ratio", ratio(rows), rows.positive)
     if isinstance(ratio, (int, float)):
         return torch.full_like(rows.positive, ratio)
     if ratio == "met":
@@ -343,10 +358,10 @@ def _held(settings: Settings, loss: Tensor, gradients: list[list[Term]], hardest
     return Result(loss, gradients[0], gradients[1], hardest[0] if hardest else loss.new_empty(0))
 
 
+MEASURES: dict[str, Measure] = {"mpt": similarity, "met": distance, "mat": angle}
+
 OBJECTIVES: dict[str, Objective] = {
-    "mpt": hinge(similarity),
-    "met": hinge(distance),
-    "mat": hinge(angle),
+    **{name: hinge(measure) for name, measure in MEASURES.items()},
     "custom": custom,
     "mhe": mhe,
     "mhs": mhs,

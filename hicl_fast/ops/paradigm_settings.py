@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hicl_fast.reference.paradigm import Dissipation, Ratio, Weight
+from hicl_fast.reference.paradigm import PARAMETRIC_WEIGHTS, Dissipation, Ratio, Weight
 
 SCHEMA = (
     "str objective, str[] modified, float margin, float temperature, float strength, "
@@ -52,7 +52,7 @@ class Settings:
             temperature,
             strength,
             {"margin": bound, "none": None}.get(dissipation, dissipation),
-            (weight, power) if weight == "power" else weight,
+            (weight, power) if weight in PARAMETRIC_WEIGHTS else weight,
             value if ratio == "constant" else ratio,
         )
 

@@ -46,5 +46,5 @@ def _inverse(norm: Tensor) -> Tensor:
 
 
 def row_dot(x: Tensor, y: Tensor) -> Tensor:
-    """(N, D), (N, D) -> (N,) without a product (N, D) in memory."""
+    """(N, D), (N, D) -> (N,)"""
     return torch.linalg.vecdot(x, y)

@@ -20,6 +20,7 @@ Modification = Literal["gd", "w", "r"]
 
 DISTANCE_FLOOR = 1e-4  # of squared distances
 POWER_FLOOR = 1e-4  # of similarities under a power
+PARAMETRIC_WEIGHTS = ("power",)  # those that are written (name, parameter)
 
 # u of ArcCon in radians, m of the rest; for the last four, m of the modified dissipation.
 DEFAULT_MARGIN = {
@@ -35,6 +36,7 @@ DEFAULT_MARGIN = {
     "barlow_twins": 0.30,
 }
 OBJECTIVES = tuple(DEFAULT_MARGIN)
+HINGES = ("mpt", "met", "mat")
 MODIFIABLE = ("mhe", "mhs", "vicreg", "barlow_twins")
 
 
@@ -83,7 +85,7 @@ def paradigm(
     margin = DEFAULT_MARGIN[objective] if margin is None else margin
     if objective in ("info_nce", "arccon"):
         return info_nce(u, v, temperature=temperature, margin=margin)
-    if objective in ("mpt", "met", "mat"):
+    if objective in HINGES:
         return _hinge(u @ v.T, objective, margin).mean()
     if objective == "custom":
         options = {"temperature": temperature, "dissipation": dissipation, "weight": weight, "ratio": ratio}
@@ -137,12 +139,10 @@ def paradigm_terms(
         adjusted = torch.cos(theta + margin) if margin else rows.positive
         pull = torch.sin(theta + margin) / torch.sin(theta) if margin else torch.ones_like(theta)
         return Terms(torch.sigmoid(rows.lse - adjusted / temperature), _weights(s, rows, temperature, "softmax"), pull)
+    gap = _measure(rows.hardest, objective) - _measure(rows.positive, objective)
+    pull, push = _slope(rows.positive, objective), _slope(rows.hardest, objective)
     at = _weights(s, rows, temperature, "hardest")
-    positive, hardest = (_measure(x, objective) for x in (rows.positive, rows.hardest))
-    if objective == "mpt":
-        return Terms((positive - hardest < margin).to(s.dtype), at, torch.ones_like(positive))
-    slope = [torch.sin(x) if objective == "mat" else x for x in (positive, hardest)]
-    return Terms((hardest - positive < margin).to(s.dtype), at / slope[1][:, None], slope[1] / slope[0])
+    return Terms((gap < margin).to(s.dtype), at * push[:, None], pull / push)
 
 
 def paradigm_gradient(terms: Terms, v: Tensor, negatives: Tensor | None = None) -> Tensor:
@@ -185,17 +185,32 @@ def _angle(s: Tensor) -> Tensor:
 
 
 def _measure(s: Tensor, objective: str) -> Tensor:
-    """What the hinge compares: the similarity, the distance or the angle."""
+    """What a hinge compares, smaller for what is nearer: the similarity's negative, the distance or the angle."""
     if objective == "mpt":
-        return s
-    return (2 - 2 * s).clamp_min(DISTANCE_FLOOR).sqrt() if objective == "met" else _angle(s)
+        return -s
+    if objective == "met":
+        return (2 - 2 * s).clamp_min(DISTANCE_FLOOR).sqrt()
+    if objective == "mat":
+        return _angle(s)
+    raise ValueError(f"objective: expected one of {', '.join(HINGES)}, got {objective!r}")
+
+
+def _slope(s: Tensor, objective: str) -> Tensor:
+    """How fast that falls with the similarity, away from the clamps."""
+    if objective == "mpt":
+        return torch.ones_like(s)
+    value = _measure(s, objective)
+    if objective == "met":
+        return 1 / value
+    if objective == "mat":
+        return 1 / torch.sin(value)
+    raise ValueError(f"objective: expected one of {', '.join(HINGES)}, got {objective!r}")
 
 
 def _hinge(s: Tensor, objective: str, margin: float) -> Tensor:  # (N, N) -> (N,)
     index = pair_statistics(s, 1.0).nearest
     positive, hardest = (_measure(x, objective) for x in (s.diagonal(), s.gather(1, index[:, None]).squeeze(1)))
-    gap = hardest - positive if objective == "mpt" else positive - hardest
-    return torch.relu(gap + margin)
+    return torch.relu(positive - hardest + margin)
 
 
 # --- custom ----------------------------------------------------------------------------------------------------------
@@ -233,7 +248,12 @@ def _weights(s: Tensor, rows: PairStatistics, temperature: float, weight: Weight
         return torch.softmax((s / temperature).masked_fill(own, -torch.inf), dim=1) / temperature
     if weight == "hardest":
         return torch.zeros_like(s).scatter(1, rows.nearest[:, None], 1.0)
-    unnormalised = torch.ones_like(s) if weight == "uniform" else s.clamp_min(POWER_FLOOR).pow(weight[1])
+    if weight == "uniform":
+        unnormalised = torch.ones_like(s)
+    elif weight[0] == "power":
+        unnormalised = s.clamp_min(POWER_FLOOR).pow(weight[1])
+    else:
+        raise ValueError(f"weight: expected the equation of {weight[0]!r}, got none")
     unnormalised = unnormalised.masked_fill(own, 0.0)
     return unnormalised / unnormalised.sum(dim=1, keepdim=True)
 

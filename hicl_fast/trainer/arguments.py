@@ -93,7 +93,7 @@ class MethodArguments:
     log_gradient_terms: bool = _option(  # type: ignore[assignment]
         False, "paradigm: log the means of dissipation, weight and ratio"
     )
-    backend: str = _option("auto", "of the loss: auto, torch, cpp or triton")  # type: ignore[assignment]
+    backend: str = _option("auto", "of the loss: auto, torch, cpp, triton or cuda")  # type: ignore[assignment]
     gather: str = _option(  # type: ignore[assignment]
         "none",
         "with several processes: none (a process's documents are compared with each other), all (with those of all "

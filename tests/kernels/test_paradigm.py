@@ -18,7 +18,14 @@ from hicl_fast.ops.paradigm_engine import Engine, Term
 from hicl_fast.ops.unit_rows import UnitRows
 from hicl_fast.reference import normalise
 from hicl_fast.reference.paradigm import POWER_FLOOR
-from tests.ops.test_paradigm import CASES, assert_as_exact_as_eager, draw, evaluate
+from tests.ops.test_paradigm import (
+    CASES,
+    POWERS,
+    assert_as_exact_as_eager,
+    assert_exact_at_a_power,
+    draw,
+    evaluate,
+)
 
 pytestmark = [pytest.mark.triton, pytest.mark.interpret]
 
@@ -167,6 +174,11 @@ def test_rows_are_added_up_at_their_targets(engine: Engine, n: int, d: int) -> N
     total = (x * factor[:, None]).double().index_add_(0, target, sent)
     exact = UnitRows.of(x, torch.float64).gradient(total)
     torch.testing.assert_close(got.double(), exact, rtol=0, atol=4 * n**0.5 * EPS * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("power", POWERS)
+def test_powers_that_leave_the_type_s_range(power: float) -> None:
+    assert_exact_at_a_power("triton", power)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -146,6 +146,35 @@ def test_temperatures(backend: str, case: str, temperature: float) -> None:
     assert_as_exact_as_eager(draw(23, 9), options, backend, torch.float32)
 
 
+POWERS = (12.0, 40.0, -3.0, -12.0)
+
+
+def assert_exact_at_a_power(backend: str, power: float) -> None:
+    """1e-4¹² is 0 in float32; in a row without anything similar all weights are that."""
+    u, v = torch.eye(6, 9), torch.eye(6, 9).roll(1, dims=1)
+    u[:3, 6:] += 0.3
+    options = {"objective": "custom", "weight": ("power", power), "dissipation": None}
+    exact = evaluate(reference.paradigm, (u.double(), v.double()), options)  # type: ignore[arg-type]
+    got = evaluate(HF.paradigm, (u, v), {**options, "backend": backend})  # type: ignore[arg-type]
+    for g, e in zip(got, exact, strict=True):
+        assert relative_error(g, e) <= 1e-5 * abs(power)
+
+
+@each_backend
+@pytest.mark.parametrize("power", POWERS)
+def test_powers_that_leave_the_type_s_range(backend: str, power: float) -> None:
+    assert_exact_at_a_power(backend, power)
+
+
+@each_backend
+@pytest.mark.parametrize("part", ["dissipation", "ratio", "weight"])
+def test_a_function_of_another_shape_is_refused(backend: str, part: str) -> None:
+    u, v = draw(8, 5)
+    function = (lambda s, rows: s[:, :1]) if part == "weight" else (lambda rows: rows.positive[:, None])
+    with pytest.raises(ValueError, match=f"{part}: expected a function that gives a tensor of shape"):
+        HF.paradigm(u, v, "custom", **{part: function}, backend=backend)  # type: ignore[arg-type]
+
+
 @each_backend
 @pytest.mark.parametrize("objective", ["info_nce", "arccon", "mpt", "met", "mat"])
 def test_closed_form(backend: str, objective: str) -> None:
