@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from hicl_fast import _checks as check
 
-# PyTorch 2.13 has renamed them, and warns of the older names, which are all that 2.11 has.
+# PyTorch 2.13 has renamed them, and warns of the older names, which are all that earlier releases have.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
