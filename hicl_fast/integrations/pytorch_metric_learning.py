@@ -20,6 +20,7 @@ from hicl_fast import functional as HF
 from hicl_fast._checks import FLOATING
 from hicl_fast.integrations._requires import missing
 from hicl_fast.integrations.similarity import Similarity, as_cosines, log_expm1, loss_type, pairwise
+from hicl_fast.ops.autograd import without_autocast
 from hicl_fast.ops.problem import sum_type
 
 try:
@@ -153,7 +154,8 @@ def _in_float32(
 ) -> dict[str, Any]:
     """The original's result, by way of float32 where rows are shorter: given pairs lose no digits that labels keep."""
     rows, references = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (embeddings, ref_emb))
-    found = compute_loss(rows, labels, pairs, references, ref_labels)
+    with without_autocast(embeddings.device.type):
+        found = compute_loss(rows, labels, pairs, references, ref_labels)
     losses = found["loss"]["losses"]
     if isinstance(losses, Tensor):  # else the 0 of no pairs
         found["loss"]["losses"] = losses.to(torch.promote_types(embeddings.dtype, ref_emb.dtype))

@@ -158,6 +158,18 @@ def test_given_pairs_in_half_precision(name: str) -> None:
     torch.testing.assert_close(by_pairs, by_labels, rtol=torch.finfo(torch.float16).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_given_pairs_under_autocast(name: str) -> None:
+    """They keep the digits that labels alone keep, whose losses are rounded to bfloat16."""
+    mine, x = getattr(fused, name)(temperature=0.07), embeddings(dtype=torch.float32)
+    written = lmu.get_all_pairs_indices(LABELS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        by_labels, by_pairs = (
+            mine.compute_loss(x, LABELS, pairs, x, LABELS)["loss"]["losses"] for pairs in (None, written)
+        )
+    torch.testing.assert_close(by_pairs.float(), by_labels.float(), rtol=torch.finfo(torch.bfloat16).eps, atol=1e-6)
+
+
 def test_given_pairs_are_not_multiplied() -> None:
     """A miner that gives all 288 triplets of 12 rows."""
     labels = torch.arange(12) // 4
