@@ -53,7 +53,9 @@ def main(argv: list[str] | None = None) -> list[Row]:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    available = [status.name for status in hicl_fast.backends() if status.available and status.name != "triton"]
+    available = [
+        status.name for status in hicl_fast.backends() if status.available and status.name != "cuda"
+    ]  # it does two
     add("--batch-sizes", type=int, nargs="+", default=[512, 4096], metavar="N")
     add("--objectives", nargs="+", default=list(NAMES), metavar="NAME", help=", ".join(NAMES))
     add("--dim", type=int, default=768)
