@@ -8,7 +8,8 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-import torch
+
+from tests.gpu import device
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -22,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips the tests that can't run here."""
     has_triton = importlib.util.find_spec("triton") is not None
     hindrances = {
-        "gpu": "" if torch.cuda.is_available() else "needs a GPU",
+        "gpu": "" if device.IS_HERE else "needs a GPU",
         "triton": "" if has_triton else "needs Triton",
         "interpret": "" if has_triton and INTERPRETING else "needs Triton and TRITON_INTERPRET=1: make test-interpret",
     }

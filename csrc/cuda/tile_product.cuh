@@ -115,6 +115,8 @@ class TileProduct<float> {
   __device__ __forceinline__ void add(const float* a, const float* b) {
     constexpr int kA = Block<float, kTile, kDepth<float>>::kStride;
     constexpr int kB = kByColumns ? kA : Block<float, kDepth<float>, kTile>::kStride;
+    // A step's sum is taken apart and then added: two short chains of roundings, where one over all of D would be long.
+    float step[kCount] = {};
 #pragma unroll 4
     for (int k = 0; k < kDepth<float>; ++k) {
       float right[4];
@@ -124,9 +126,11 @@ class TileProduct<float> {
       for (int m = 0; m < 8; ++m) {
         const float left = a[row(4 * m) * kA + k];
 #pragma unroll
-        for (int n = 0; n < 4; ++n) sum_[4 * m + n] += left * right[n];
+        for (int n = 0; n < 4; ++n) step[4 * m + n] += left * right[n];
       }
     }
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) sum_[e] += step[e];
   }
   __device__ __forceinline__ float at(int e) const { return sum_[e]; }
   __device__ __forceinline__ static int row(int e) { return threadIdx.x / 16 + 8 * (e / 4); }

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
+
+from hicl_fast.backend import cuda, registry
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -37,3 +42,31 @@ def build(folder: Path, sources: list[Path], name: str) -> Path:
     libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", "-ldl"]
     subprocess.run([str(COMPILER), "-shared", *objects, *libraries, "-o", str(library)], check=True)
     return library
+
+
+def load(folder: Path) -> None:
+    """Registers the emulated operators, built in ``folder``; skips the test where that can't be."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    registry.backends()  # loads the extension, if there is one
+    if hasattr(torch.ops.hicl_fast_cuda, "segment_pool"):
+        pytest.skip("the extension has the real kernels under the emulated ones' names")
+    sources = sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")])
+    torch.ops.load_library(build(folder, sources, "emulated.so"))
+
+
+@contextlib.contextmanager
+def on_the_cpu(*, preferred: bool = False) -> Iterator[None]:
+    """backend="cuda" takes tensors on the CPU, with a GPU's order of preference if ``preferred``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "DEVICE_TYPE", "cpu")
+        if preferred:
+            patch.setitem(registry.PREFERENCE, "cpu", registry.PREFERENCE["cuda"])
+        _forget_choices()
+        yield
+    _forget_choices()
+
+
+def _forget_choices() -> None:
+    for function in (registry._status, registry._refusal, registry._preferred):
+        function.cache_clear()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
-import hicl_fast
 from hicl_fast.backend import registry
 
 pytest.importorskip("triton")
@@ -13,23 +14,33 @@ pytest.importorskip("triton")
 from hicl_fast.backend import cuda_rows  # noqa: E402
 from hicl_fast.backend.row_kernels import row_kernels  # noqa: E402
 from tests.cuda.test_rows import FLOOR, PARTNERS, TYPES, assert_gradient, assert_normalised, draw_gradient, rows
-from tests.gpu.test_losses import DEVICE
+from tests.gpu.device import DEVICE, needs_gpu, sanitized
 
-HAS_CUDA = any(status.name == "cuda" and status.available for status in hicl_fast.backends())
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason="the extension has no CUDA kernels")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda_backend")]
 
 
-@pytest.mark.sanitizer
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("d", [33, 40, 768, 1025, 1032, 8200])
+@pytest.mark.parametrize(
+    ("d", "dtype"),
+    sanitized(
+        (33, torch.float32),
+        (1025, torch.bfloat16),
+        (8200, torch.float16),
+        all_of=list(itertools.product([33, 40, 768, 1025, 1032, 8200], TYPES)),
+    ),
+    ids=str,
+)
 def test_norms_and_unit_rows(d: int, dtype: torch.dtype) -> None:
     assert_normalised(rows(9, d, dtype).to(DEVICE))
 
 
-@pytest.mark.sanitizer
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("kind", PARTNERS)
-@pytest.mark.parametrize("d", [33, 768, 1032, 4097])
+@pytest.mark.parametrize(
+    ("d", "dtype"),
+    sanitized(
+        (33, torch.float32), (1032, torch.bfloat16), all_of=list(itertools.product([33, 768, 1032, 4097], TYPES))
+    ),
+    ids=str,
+)
 def test_gradient(d: int, kind: str, dtype: torch.dtype) -> None:
     assert_gradient(*draw_gradient(6, d, dtype, kind), device=DEVICE)
 
@@ -39,6 +50,7 @@ def test_the_large_batch_path_takes_them() -> None:
     assert registry.is_available("cuda")
 
 
+@needs_gpu
 def test_more_than_two_to_the_31_elements() -> None:
     n, d = (1 << 22) + 5, 513  # odd: one element at a time
     if torch.cuda.mem_get_info()[0] < 20 << 30:

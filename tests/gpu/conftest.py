@@ -1,0 +1,23 @@
+"""The ``cuda`` backend of these tests: the GPU's, or the emulated one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from hicl_fast.backend import registry
+from tests.cuda import emulation
+from tests.gpu.device import IS_GPU
+
+
+@pytest.fixture(scope="session")
+def cuda_backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    if IS_GPU:
+        if not registry.is_available("cuda"):
+            pytest.skip("the extension has no CUDA kernels")
+        yield
+        return
+    emulation.load(tmp_path_factory.mktemp("cuda"))
+    with emulation.on_the_cpu(preferred=True):
+        yield
