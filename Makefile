@@ -14,7 +14,7 @@ LINKED := .venv/.linked
 BUILT := .venv/.built
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build bench test test-main test-interpret test-quick lint format docs wheel cuda-check gpu-check clean
+.PHONY: help venv build bench test test-main test-interpret test-quick lint format docs wheel cuda-check gpu-first gpu-check test-gpu-on-cpu clean
 
 help: ## list the targets
 	@echo "hicl_fast: contrastive losses as custom kernels. Each target does first whatever it needs."
@@ -27,10 +27,14 @@ build: $(BUILT) ## compile csrc/ in place and make `import hicl_fast` work in .v
 bench: $(BUILT) ## time the fused losses against everything comparable (ARGS="--help" for the options)
 	$(BIN)/python benchmarks/loss_throughput.py $(ARGS)
 
-test: test-main test-interpret ## run all the tests (ARGS goes to pytest)
+test: test-main test-gpu-on-cpu test-interpret ## run all the tests (ARGS goes to pytest)
 
 test-main: $(BUILT) ## the tests but those in Triton's interpreter
 	TRITON_INTERPRET=0 $(PYTEST) -m "not interpret" $(ARGS)
+
+# What fails here fails for a reason that is no GPU's.
+test-gpu-on-cpu: $(BUILT) ## tests/gpu on the CPU: the losses on the backend torch, the CUDA kernels emulated
+	HICL_FAST_GPU_TESTS_DEVICE=cpu $(PYTEST) tests/gpu $(ARGS)
 
 # The interpreter replaces Triton's compiler for a whole process, so these tests have one of their own.
 test-interpret: $(BUILT) ## the Triton kernels' tests, in Triton's interpreter on the CPU
@@ -61,8 +65,11 @@ wheel: $(INSTALLED) ## build a wheel, with the compiled extension inside, into d
 cuda-check: $(INSTALLED) ## compile the CUDA kernels for every GPU, without one, and print registers, shared memory and spills
 	$(BIN)/python tools/check_cuda.py $(ARGS)
 
+gpu-first: ## on a machine with a GPU, what to run first: 150 seconds, into $OUT (build/gpu-first); ARGS=--rehearse without one
+	$(PYTHON) -m tools.gpu_first $(ARGS)
+
 gpu-check: ## on a machine with a GPU: tests, benchmark, sanitizer, into $OUT (build/gpu-check); uses PYTHON's own PyTorch
-	$(PYTHON) tools/gpu_check.py
+	$(PYTHON) -m tools.gpu_check $(ARGS)
 
 clean: ## remove what was built, and keep .venv
 	rm -rf build dist *.egg-info hicl_fast/*.so $(LINKED) $(BUILT)

@@ -18,6 +18,7 @@ Environment variables:
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import platform
@@ -79,6 +80,14 @@ def without_extension(reason: str) -> None:
     if build_mode() == "require":
         raise PlatformError(f"hicl-fast: {reason}; HICL_FAST_BUILD=require needs the C++ extension")
     sys.stderr.write(f"hicl-fast: WARNING: {reason}: going on without the C++ backend `cpp`; `torch` does its work\n")
+
+
+def source_digest() -> str:
+    """Of all that the extension is made of, in hexadecimal; the linker puts it into the file as its build id."""
+    digest = hashlib.sha1()
+    for path in sorted([ROOT / "setup.py", *(ROOT / "csrc").rglob("*.*")]):
+        digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def flags_of(source: Path) -> list[str] | None:
@@ -224,6 +233,10 @@ class BuildExtension(build_ext):
     def link(self, linker: list[str], objects: list[Path], libraries: list[str], target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        if sys.platform == "linux":
+            shared.append(
+                f"-Wl,--build-id=0x{source_digest()}"
+            )  # tells whether a file that is there is of these sources
         run([*linker, *shared, *map(str, objects), *libraries, "-o", str(target)], f"link {target}")
 
 

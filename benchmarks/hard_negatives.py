@@ -12,7 +12,6 @@ loss, are timed beside them.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from inputs import embeddings, gradient_step
 from measure import Step, available_bytes, duration, gpu_seconds, machine, peak_bytes, time_in_turn
-from report import Row, table, write
+from report import Missing, Results, Row, Wrong, add_output_options, exit_status, plot, print_about, redraw, table
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,18 +38,20 @@ Loss = Callable[..., Tensor]  # query (N, D), key (N, D), pairs (N, m, 2) -> ()
 
 def main(argv: list[str] | None = None) -> list[Row]:
     args = parse(argv)
+    if args.measured:
+        return redraw(args, PLAIN, "x plain")
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     about = machine(device) | {"dim": args.dim, "dtype": args.dtype, "k": args.k, "num_mixed": args.num_mixed}
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    rows: list[Row] = []
+    print_about(about)
+    results = Results(about, args.json)
     for n in args.batch_sizes:
-        measured = measure_batch(args, n, device)
-        print(table(measured, "x plain"), flush=True)
-        rows += measured
-    write(rows, about, PLAIN, args.json, args.plot)
-    return rows
+        measure_batch(args, n, device, results)
+        print(table([row for row in results.rows if row["batch"] == n], "x plain"), flush=True)
+    if args.plot:
+        plot(results.rows, about, PLAIN, args.plot)
+    return results.rows
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -67,52 +68,81 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rivals", nargs="+", choices=["none", *RIVALS], default=list(RIVALS), metavar="NAME", help="or none")
     add("--seconds", type=float, default=10.0, help="of timing for each batch size")
     add("--threads", type=int, help="default: PyTorch's")
-    add("--json", metavar="FILE")
-    add("--plot", metavar="FILE.png")
+    add_output_options(parser)
     return parser.parse_args(argv)
 
 
-def measure_batch(args: argparse.Namespace, n: int, device: torch.device) -> list[Row]:
+def measure_batch(args: argparse.Namespace, n: int, device: torch.device, results: Results) -> None:
     query, key = (x.to(getattr(torch, args.dtype)) for x in embeddings(n, args.dim, device))
-    rows: dict[str, Row] = {}
-    steps: dict[str, Step] = {PLAIN: gradient_step(lambda q, k: plain(q, k, args.backends[0]), query, key)}
-    for backend in args.backends:
-        loss, name = fused(args, backend), f"hicl_fast {backend}"
-        try:
-            rows[name] = {"error": check_fused(loss, query, key)}
-        except hicl_fast.BackendError as refusal:
-            rows[name] = {"skipped": str(refusal)}
-            continue
-        steps[name] = gradient_step(loss, query, key)
     pairs = HF.random_pairs(n, args.num_mixed, args.k, 0, device)
-    for name in tqdm([r for r in args.rivals if r != "none"], desc=f"N = {n}: checking", leave=False, file=sys.stderr):
-        reason = hindrance(name, n, args, device)
-        if reason:
-            rows[name] = {"skipped": reason}
-            continue
-        rival = RIVALS[name]
-        rows[name] = {"error": check(partial(rival, pairs=pairs), query.float(), key.float(), args.k, pairs)}
-        steps[name] = gradient_step(partial(rival, pairs=pairs), query.float(), key.float())
-    steps |= selections(args, query, key)
-    once = {name: duration(step, device) for name, step in steps.items()}
-    fast = {name: step for name, step in steps.items() if once[name] <= args.seconds / 5}
-    memory = {name: peak_bytes(step, device) for name, step in fast.items()}
-    timings = time_in_turn(fast, args.seconds, device, f"N = {n}: timing")
-    for name in steps:
-        row = rows.setdefault(name, {})
-        row |= asdict(timings[name]) if name in timings else dict.fromkeys(("median", "fastest", "slowest"), once[name])
-        row |= {"memory": memory.get(name), "ratio": row["median"] / timings[PLAIN].median}
-        row["gpu"] = gpu_seconds(fast[name], device) if name in fast else None
-    return [{"batch": n, "name": name, **row} for name, row in rows.items()]
+    rows: dict[str, Row] = {}
+    steps: dict[str, Step] = {}
+    candidates: dict[str, Callable[[Row], Step]] = {PLAIN: partial(plain_step, args, query, key)}
+    candidates |= {f"hicl_fast {name}": partial(fused_step, args, name, query, key, results) for name in args.backends}
+    candidates |= {
+        name: partial(rival_step, args, name, query.float(), key.float(), pairs, results)
+        for name in args.rivals
+        if name != "none"
+    }
+    candidates |= {name: partial(tried, step) for name, step in selections(args, query, key).items()}
+    for name, make in tqdm(candidates.items(), desc=f"N = {n}: checking", leave=False, file=sys.stderr):
+        row = rows[name] = results.start(n, name)
+        with results.attempt(row, ours=name not in RIVALS):
+            step = make(row)
+            once = duration(step, device)
+            if once <= args.seconds / 5:
+                steps[name] = step
+            else:
+                results.note(row, median=once, fastest=once, slowest=once, memory=None, gpu=None, ratio=None)
+    memory = {name: peak_bytes(step, device) for name, step in steps.items()}
+    timings = time_in_turn(steps, args.seconds, device, f"N = {n}: timing")
+    for name, timing in timings.items():
+        results.note(rows[name], **asdict(timing), memory=memory[name], ratio=None, gpu=None)
+    for row in rows.values():
+        if "median" in row and "median" in rows[PLAIN]:
+            results.note(row, ratio=row["median"] / rows[PLAIN]["median"])
+    for name, step in steps.items():
+        results.note(rows[name], gpu=gpu_seconds(step, device))
+
+
+def plain_step(args: argparse.Namespace, query: Tensor, key: Tensor, row: Row) -> Step:
+    """On the first backend that does it; the last one's refusal is the row's."""
+    for backend in args.backends:
+        step = gradient_step(partial(plain, backend=backend), query, key)
+        try:
+            return tried(step, row)
+        except hicl_fast.BackendError as error:
+            refusal = error
+    raise refusal
+
+
+def fused_step(args: argparse.Namespace, backend: str, query: Tensor, key: Tensor, results: Results, row: Row) -> Step:
+    loss = fused(args, backend)
+    results.note(row, error=check_fused(loss, query, key))
+    return gradient_step(loss, query, key)
+
+
+def rival_step(
+    args: argparse.Namespace, name: str, query: Tensor, key: Tensor, pairs: Tensor, results: Results, row: Row
+) -> Step:
+    reason = hindrance(name, len(query), args, query.device)
+    if reason:
+        raise Missing(reason)
+    loss = partial(RIVALS[name], pairs=pairs)
+    results.note(row, error=check(loss, query, key, args.k, pairs))
+    return gradient_step(loss, query, key)
+
+
+def tried(step: Step, row: Row) -> Step:
+    step()
+    return step
 
 
 def selections(args: argparse.Namespace, query: Tensor, key: Tensor) -> dict[str, Step]:
-    steps: dict[str, Step] = {}
-    for backend in args.backends:
-        selection = partial(HF.hard_negatives, query, key, args.k, backend=backend)
-        with contextlib.suppress(hicl_fast.BackendError):  # the row of the loss says why
-            selection()
-            steps[f"selection: {backend}"] = selection
+    steps: dict[str, Step] = {
+        f"selection: {backend}": partial(HF.hard_negatives, query, key, args.k, backend=backend)
+        for backend in args.backends
+    }
     steps["selection: torch.topk of N × N"] = lambda: hardest(F.normalize(query) @ F.normalize(key).T, args.k)
     return steps
 
@@ -192,7 +222,7 @@ def check(loss: Callable[[Tensor, Tensor], Tensor], query: Tensor, key: Tensor, 
     """The largest relative error of loss and gradients against the reference in float64.
 
     Raises:
-        RuntimeError: it computes something else.
+        Wrong: it computes something else.
     """
 
     def oracle(q: Tensor, keys: Tensor) -> Tensor:
@@ -208,9 +238,9 @@ def check(loss: Callable[[Tensor, Tensor], Tensor], query: Tensor, key: Tensor, 
     error = max(float((got.double() - exact).norm() / exact.norm()) for got, exact in zip(*results, strict=True))
     tolerance = TOLERANCE[query.dtype]
     if not error <= tolerance:
-        raise RuntimeError(f"wrong: relative error {error:.1e} against the reference, {tolerance:.0e} is allowed")
+        raise Wrong(f"relative error {error:.1e} against the reference, {tolerance:.0e} is allowed")
     return error
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main()))

@@ -3,6 +3,7 @@
     python benchmarks/loss_throughput.py                          two minutes on two cores
     python benchmarks/loss_throughput.py --batch-sizes 32768 --backends cpp --rivals none
     python benchmarks/loss_throughput.py --device cuda --dtype bfloat16 --json out.json --plot out.png
+    python benchmarks/loss_throughput.py --from out.json --plot out.png
 
 Every candidate is checked against the float64 reference before it is timed. `x limit` is its time over that of the three
 matrix products S = Q Kᵀ, S K, Sᵀ Q with PyTorch's BLAS, below which no exact method gets without lower precision; for the
@@ -16,13 +17,12 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from inputs import embeddings, gradient_step
 from measure import Step, Timing, available_bytes, duration, gpu_seconds, machine, peak_bytes, time_in_turn
-from report import table, write
-from rivals import RIVALS, Batch, Loss, Missing, Rival, fused_rivals
+from report import Missing, Results, Row, Wrong, add_output_options, exit_status, plot, print_about, redraw, table
+from rivals import RIVALS, Batch, Loss, Rival, fused_rivals
 from tqdm import tqdm
 
 import hicl_fast.reference as reference
@@ -35,20 +35,22 @@ BF16_OPERANDS_TOLERANCE = 0.05
 CHECKED_ROWS = 1024  # the reference is float64 and N × N
 
 
-def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+def main(argv: list[str] | None = None) -> list[Row]:
     args = parse(argv)
+    if args.measured:
+        return redraw(args, LIMIT, "x limit")
     if args.threads:
         torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     about = machine(device) | {"dim": args.dim, "dtype": args.dtype, "temperature": args.temperature}
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    rows: list[dict[str, Any]] = []
+    print_about(about)
+    results = Results(about, args.json)
     for n in args.batch_sizes:
-        rows += measure_batch(args, n, device, dtype, rows)
-        print(table([row for row in rows if row["batch"] == n], "x limit"), flush=True)
-        write(rows, about, LIMIT, args.json, None)  # what is there already, should the next size end badly
-    write(rows, about, LIMIT, args.json, args.plot)
-    return rows
+        measure_batch(args, n, device, dtype, results)
+        print(table([row for row in results.rows if row["batch"] == n], "x limit"), flush=True)
+    if args.plot:
+        plot(results.rows, about, LIMIT, args.plot)
+    return results.rows
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -67,8 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=12.0, help="of timing for each batch size")
     parser.add_argument("--longest-step", type=float, default=20.0, metavar="SECONDS", help="left out beyond that")
     parser.add_argument("--threads", type=int, help="default: PyTorch's")
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--plot", metavar="FILE.png")
+    add_output_options(parser)
     args = parser.parse_args(argv)
     if args.dtype is None:
         args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
@@ -79,49 +80,51 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def measure_batch(
-    args: argparse.Namespace, n: int, device: torch.device, dtype: torch.dtype, before: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """``before`` are the rows of the batch sizes before."""
+def measure_batch(args: argparse.Namespace, n: int, device: torch.device, dtype: torch.dtype, results: Results) -> None:
     batch = make_batch(n, args.dim, device, dtype, args.temperature)
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Row] = {}
+    before = list(results.rows)
     steps: dict[str, Step] = {}
 
     def try_once(name: str, step: Step) -> None:
         once: list[float] = []
         memory = peak_bytes(lambda: once.append(duration(step, device)), device)
         if once[0] > args.seconds / 5:  # once is enough to see that it is out of the race
-            rows[name].update(asdict(Timing(once[0], once[0], once[0], 1)), memory=memory, gpu=None)
+            timing = asdict(Timing(once[0], once[0], once[0], 1))
+            results.note(rows[name], **timing, memory=memory, gpu=None, ratio=ratio_to_limit(name, once[0]))
         else:
             steps[name] = step
 
-    for name, products in ((LIMIT, 3), (SYMMETRIC_LIMIT, 4)):
-        rows[name] = {"batch": n, "name": name}
-        try_once(name, limit_step(batch, products))
+    def ratio_to_limit(name: str, seconds: float) -> float | None:
+        limit = SYMMETRIC_LIMIT if name == SYMMETRIC_LIMIT or is_symmetric.get(name) else LIMIT
+        there = seconds if name == limit else rows[limit].get("median")
+        return seconds / there if there else None
+
     candidates = list(choose_rivals(args, dtype))
+    is_symmetric = {rival.name: rival.symmetric for rival in candidates}
+    for name, products in ((LIMIT, 3), (SYMMETRIC_LIMIT, 4)):
+        rows[name] = results.start(n, name)
+        try_once(name, limit_step(batch, products))
     for rival in tqdm(candidates, desc=f"N = {n}: checking", leave=False, file=sys.stderr):
-        row = rows[rival.name] = {"batch": n, "name": rival.name}
-        try:
+        row = rows[rival.name] = results.start(n, rival.name)
+        with results.attempt(row, ours=rival.ours):
             loss = ready(rival, batch)
             check_time(args.longest_step, rival.name, n, before)
-            row["error"] = check(rival, loss, batch)
+            results.note(row, error=check(rival, loss, batch))
             try_once(rival.name, gradient_step(loss, batch.query, batch.key))
-        except Missing as reason:
-            row["skipped"] = str(reason)
-        except Exception as error:  # someone else's code: report it and go on with the others
-            row["skipped"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     memory = {name: peak_bytes(step, device) for name, step in steps.items()}
     timings = time_in_turn(steps, args.seconds, device, f"N = {n}: timing")
-    for name, timing in timings.items():
-        rows[name].update(asdict(timing), memory=memory[name], gpu=gpu_seconds(steps[name], device))
-    is_symmetric = {rival.name: rival.symmetric for rival in candidates} | {SYMMETRIC_LIMIT: True}
+    for name, timing in timings.items():  # the limits first: what the others are compared with
+        ratio = ratio_to_limit(name, timing.median)
+        results.note(rows[name], **asdict(timing), memory=memory[name], ratio=ratio, gpu=None)
     for name, row in rows.items():
-        if "median" in row:
-            row["ratio"] = row["median"] / rows[SYMMETRIC_LIMIT if is_symmetric.get(name) else LIMIT]["median"]
-    return list(rows.values())
+        if row.get("median") and row.get("ratio") is None:  # timed once, before its limit was
+            results.note(row, ratio=ratio_to_limit(name, row["median"]))
+    for name, step in steps.items():
+        results.note(rows[name], gpu=gpu_seconds(step, device))
 
 
-def check_time(longest: float, name: str, n: int, before: list[dict[str, Any]]) -> None:
+def check_time(longest: float, name: str, n: int, before: list[Row]) -> None:
     """Raises:
     Missing: a step would take longer than ``longest`` seconds, by what it took at the size before.
     """
@@ -161,7 +164,7 @@ def check(rival: Rival, loss: Loss, batch: Batch) -> float:
     """Largest relative error of loss and gradients, in float64, on the batch's first rows.
 
     Raises:
-        Missing: it computes something else.
+        Wrong: it computes something else.
     """
     rows = min(CHECKED_ROWS, batch.query.shape[0])
     head = Batch(batch.query[:rows], batch.key[:rows], batch.temperature)
@@ -176,7 +179,7 @@ def check(rival: Rival, loss: Loss, batch: Batch) -> float:
     error = max(float((g.double() - e).norm() / e.norm()) for g, e in zip(got, expected, strict=True))
     tolerance = BF16_OPERANDS_TOLERANCE if rival.name.endswith("bf16") else TOLERANCE[batch.query.dtype]
     if not error <= tolerance:
-        raise Missing(f"wrong: relative error {error:.1e} against the reference, {tolerance:.0e} is allowed")
+        raise Wrong(f"relative error {error:.1e} against the reference, {tolerance:.0e} is allowed")
     return error
 
 
@@ -210,4 +213,4 @@ def limit_step(batch: Batch, products: int) -> Step:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main()))

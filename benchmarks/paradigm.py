@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from inputs import embeddings, gradient_step
-from measure import Step, available_bytes, duration, machine, peak_bytes, time_in_turn
-from report import Row, table, write
+from measure import Step, available_bytes, machine, peak_bytes, time_in_turn
+from report import Missing, Results, Row, Wrong, add_output_options, exit_status, plot, print_about, redraw, table
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,18 +36,20 @@ NAMES = tuple(OBJECTIVES) + tuple(f"{name}+gd+w+r" for name in MODIFIABLE)
 
 def main(argv: list[str] | None = None) -> list[Row]:
     args = parse(argv)
+    if args.measured:
+        return redraw(args, LIMIT, "x limit")
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     about = machine(device) | {"dim": args.dim, "dtype": "float32"}
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    rows: list[Row] = []
+    print_about(about)
+    results = Results(about, args.json)
     for n in args.batch_sizes:
-        measured = measure_batch(args, n, device)
-        print(table(measured, "x limit"), flush=True)
-        rows += measured
-    write(rows, about, LIMIT, args.json, args.plot)
-    return rows
+        measure_batch(args, n, device, results)
+        print(table([row for row in results.rows if row["batch"] == n], "x limit"), flush=True)
+    if args.plot:
+        plot(results.rows, about, LIMIT, args.plot)
+    return results.rows
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -64,8 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--eager", action="store_true", help="time the reference too")
     add("--seconds", type=float, default=20.0, help="of timing for each batch size")
     add("--threads", type=int, help="default: PyTorch's")
-    add("--json", metavar="FILE")
-    add("--plot", metavar="FILE.png")
+    add_output_options(parser)
     args = parser.parse_args(argv)
     for name in args.objectives:
         try:
@@ -110,31 +111,33 @@ def products(name: str, n: int, d: int) -> float:
     return thin * min(n, d) / n + within
 
 
-def measure_batch(args: argparse.Namespace, n: int, device: torch.device) -> list[Row]:
+def measure_batch(args: argparse.Namespace, n: int, device: torch.device, results: Results) -> None:
     query, key = embeddings(n, args.dim, device)
     out = torch.empty(n, n, device=device)
     steps: dict[str, Step] = {LIMIT: lambda: torch.mm(query, key.T, out=out)}
-    rows: dict[str, Row] = {LIMIT: {"products": 1.0}}
+    rows: dict[str, Row] = {LIMIT: results.start(n, LIMIT, products=1.0)}
     for name in tqdm(args.objectives, desc=f"N = {n}: checking", leave=False, file=sys.stderr):
         exact = None
+        if hindrance("eager", 2 * n, device) == "":
+            exact = gradients(candidate(name, "eager"), query.double(), key.double())
         for way in [*args.backends, *(["eager"] if args.eager else [])]:
-            if (reason := hindrance(way, n, device)) != "":
-                rows[f"{name}: {way}"] = {"products": products(name, n, args.dim), "skipped": reason}
-                continue
-            loss = candidate(name, way)
-            if exact is None and hindrance("eager", 2 * n, device) == "":
-                exact = gradients(candidate(name, "eager"), query.double(), key.double())
-            rows[f"{name}: {way}"] = {"products": products(name, n, args.dim)}
-            if exact is not None:
-                rows[f"{name}: {way}"]["error"] = check(loss, query, key, exact)
-            steps[f"{name}: {way}"] = gradient_step(loss, query, key)
-    memory = {name: peak_bytes(step, device) for name, step in steps.items() if duration(step, device) >= 0}
+            title = f"{name}: {way}"
+            row = rows[title] = results.start(n, title, products=products(name, n, args.dim))
+            with results.attempt(row, ours=True):
+                if reason := hindrance(way, n, device):
+                    raise Missing(reason)
+                loss = candidate(name, way)
+                if exact is not None:
+                    results.note(row, error=check(loss, query, key, exact))
+                step = gradient_step(loss, query, key)
+                step()
+                steps[title] = step
+    memory = {name: peak_bytes(step, device) for name, step in steps.items()}
     timings = time_in_turn(steps, args.seconds, device, f"N = {n}: timing")
     limit = timings[LIMIT].median
     for name, timing in timings.items():
         ratio = timing.median / (limit * rows[name]["products"])
-        rows[name] |= asdict(timing) | {"memory": memory[name], "ratio": ratio}
-    return [{"batch": n, "name": name, **row} for name, row in rows.items()]
+        results.note(rows[name], **asdict(timing), memory=memory[name], ratio=ratio)
 
 
 def candidate(name: str, way: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -163,14 +166,14 @@ def check(loss: Callable[[Tensor, Tensor], Tensor], query: Tensor, key: Tensor, 
     """The largest relative error of loss and gradients.
 
     Raises:
-        RuntimeError: it computes something else.
+        Wrong: it computes something else.
     """
     got = gradients(loss, query, key)
     error = max(float((x - y).norm() / y.norm().clamp_min(1e-30)) for x, y in zip(got, exact, strict=True))
     if not error <= TOLERANCE:
-        raise RuntimeError(f"wrong: relative error {error:.1e} against the reference, {TOLERANCE:.0e} is allowed")
+        raise Wrong(f"relative error {error:.1e} against the reference, {TOLERANCE:.0e} is allowed")
     return error
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main()))

@@ -1,24 +1,114 @@
 """What a benchmark measured, as a table, as JSON and as a plot.
 
 A row holds ``batch``, ``name`` and either ``skipped``, the reason, or a timing in seconds (``median``, ``fastest``,
-``slowest``), ``memory`` in bytes or None, ``ratio`` of the median to the baseline's, ``error`` where it was checked, and
-``gpu``, the seconds that a GPU worked on it, where there is one.
+``slowest``), ``memory`` in bytes or None where it was not measured, ``ratio`` of the median to the baseline's, ``error``
+where it was checked, and ``gpu``, the seconds that a GPU worked on it, where there is one. ``failed`` is true where it is
+a failure of this library that there is no timing.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hicl_fast
+
 Row = dict[str, Any]
 
+NOT_YET = "not timed: the run ended before it"
 
-def write(rows: list[Row], about: dict[str, Any], baseline: str, json_file: str | None, plot_file: str | None) -> None:
-    if json_file:
-        Path(json_file).write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
-    if plot_file:
-        plot(rows, about, baseline, plot_file)
+
+class Missing(Exception):
+    """Why a candidate can't take part."""
+
+
+class Wrong(Exception):
+    """By how much a candidate computes something else."""
+
+
+class Results:
+    """The rows so far. Their JSON file is written anew with every one, should the next end badly."""
+
+    def __init__(self, about: dict[str, Any], json_file: str | None) -> None:
+        self.about, self.rows = about, list[Row]()
+        self._file = Path(json_file) if json_file else None
+
+    def start(self, batch: int, name: str, **values: Any) -> Row:
+        """A new row, without a timing as yet."""
+        self.rows.append({"batch": batch, "name": name, **values, "skipped": NOT_YET})
+        self._write()
+        return self.rows[-1]
+
+    def note(self, row: Row, **values: Any) -> None:
+        row.update(values)
+        if "median" in row and row.get("skipped") == NOT_YET:
+            del row["skipped"]
+        self._write()
+
+    @contextlib.contextmanager
+    def attempt(self, row: Row, *, ours: bool) -> Iterator[None]:
+        """What goes wrong with one candidate is said in its row, and the others go on."""
+        try:
+            yield
+        except (Missing, hicl_fast.BackendError) as reason:
+            self.note(row, skipped=str(reason))
+        except Wrong as difference:
+            self.note(row, skipped=f"wrong: {difference}", **({"failed": True} if ours else {}))
+        except Exception as error:  # whatever it is: report it and go on with the others
+            said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            self.note(row, skipped=said, **({"failed": True} if ours else {}))
+
+    def _write(self) -> None:
+        if self._file is not None:
+            self._file.write_text(json.dumps({"machine": self.about, "rows": self.rows}, indent=1) + "\n")
+
+
+def exit_status(rows: list[Row]) -> int:
+    return int(any(row.get("failed") for row in rows))
+
+
+# --- options that the benchmarks share -------------------------------------------------------------------------------
+
+
+def add_output_options(parser: argparse.ArgumentParser, *, plots: bool = True) -> None:
+    parser.add_argument("--json", metavar="FILE", help="written anew with every row")
+    if plots:
+        parser.add_argument("--plot", metavar="FILE.png")
+        parser.add_argument(
+            "--from", dest="measured", metavar="FILE.json", help="measure nothing: table and plot of what --json wrote"
+        )
+
+
+def redraw(args: argparse.Namespace, baseline: str, ratio: str) -> list[Row]:
+    """Table and plot of an earlier run's JSON file.
+
+    Raises:
+        SystemExit: it is no such file.
+    """
+    try:
+        measured = json.loads(Path(args.measured).read_text())
+        rows, about = measured["rows"], measured["machine"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        said = error if isinstance(error, OSError) else "it is not what --json writes"
+        raise SystemExit(f"error: --from {args.measured}: {said}") from error
+    print_about(about)
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        print(table([row for row in rows if row["batch"] == batch], ratio))
+    if args.plot:
+        plot(rows, about, baseline, args.plot)
+    return rows
+
+
+def print_about(about: dict[str, Any]) -> None:
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+
+
+# --- table and plot --------------------------------------------------------------------------------------------------
 
 
 def table(rows: list[Row], ratio: str) -> str:
@@ -33,14 +123,32 @@ def table(rows: list[Row], ratio: str) -> str:
             continue
         memory = "" if row["memory"] is None else f"{row['memory'] / 1e6:.1f}"
         error = f"{row['error']:.0e}" if "error" in row else ""
+        of_baseline = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
         spread = f"{row['fastest'] * 1e3:.3f}–{row['slowest'] * 1e3:.3f}"
-        times = f"{row['median'] * 1e3:>10.3f}  {spread:>19}{row['ratio']:>9.2f}"
+        times = f"{row['median'] * 1e3:>10.3f}  {spread:>19}{of_baseline:>9}"
         gpu = f"{row['gpu'] * 1e3:>10.4f}" if row.get("gpu") else ""
         lines.append(f"{head}{times}{memory:>11}{error:>9}{gpu}")
     return "\n".join(lines)
 
 
+def curve(rows: list[Row], name: str, field: str) -> tuple[list[int], list[float]]:
+    """A candidate's values over all batch sizes: NaN, a gap in its line, where there is none to draw on a logarithmic axis."""
+    batches = sorted({row["batch"] for row in rows})
+    value = {row["batch"]: row.get(field) for row in rows if row["name"] == name and "median" in row}
+    return batches, [value.get(batch) or math.nan for batch in batches]
+
+
+def without_memory(rows: list[Row], name: str) -> str | None:
+    """What the legend says of a candidate's points that the memory's axis can't show."""
+    own = [row for row in rows if row["name"] == name and "median" in row]
+    unknown = [str(row["batch"]) for row in own if row.get("memory") is None]
+    nothing = [str(row["batch"]) for row in own if row.get("memory") == 0]
+    said = [f"{what} at {', '.join(at)}" for what, at in (("not measured", unknown), ("none", nothing)) if at]
+    return f"{name}: {', '.join(said)}" if said else None
+
+
 def plot(rows: list[Row], about: dict[str, Any], baseline: str, path: str) -> None:
+    """Times and memory over batch sizes. What was not measured is left out, and named in the legend."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -48,17 +156,20 @@ def plot(rows: list[Row], about: dict[str, Any], baseline: str, path: str) -> No
 
     figure, (time_axis, memory_axis) = plt.subplots(1, 2, figsize=(13, 5))
     for name in dict.fromkeys(row["name"] for row in rows if "median" in row):
-        own = [row for row in rows if row["name"] == name and "median" in row]
-        style = {"linestyle": "--", "color": "black"} if name == baseline else {"marker": "o", "markersize": 4}
-        time_axis.plot([r["batch"] for r in own], [r["median"] * 1e3 for r in own], label=name, **style)
-        if name != baseline:
-            memory_axis.plot(
-                [r["batch"] for r in own], [max(r["memory"] or 0, 1) / 1e6 for r in own], label=name, **style
-            )
+        style: dict[str, Any] = {"marker": "o", "markersize": 4}
+        if name == baseline:
+            style |= {"linestyle": "--", "color": "black"}
+        batches, seconds = curve(rows, name, "median")
+        (line,) = time_axis.plot(batches, [1e3 * s for s in seconds], label=name, **style)
+        _, memory = curve(rows, name, "memory")
+        style["color"] = line.get_color()
+        memory_axis.plot(batches, [m / 1e6 for m in memory], label=without_memory(rows, name), **style)
     for axis, label in ((time_axis, "forward + backward, ms"), (memory_axis, "memory beyond the inputs, MB")):
         axis.set(xscale="log", yscale="log", xlabel="batch size", ylabel=label)
         axis.grid(alpha=0.3)
-    time_axis.legend(fontsize=8)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=8)
     figure.suptitle(f"{about['device']}, {about['dtype']}, D = {about['dim']}, torch {about['torch']}", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
+    plt.close(figure)

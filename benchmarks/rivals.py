@@ -14,16 +14,13 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+from report import Missing
 from torch import Tensor
 
 import hicl_fast
 import hicl_fast.functional as HF
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-class Missing(Exception):
-    """Why a rival can't take part."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,7 @@ class Rival:
     bytes_per_triple: float = 0.0  # of N³
     gpu_only: bool = False
     symmetric: bool = False
+    ours: bool = False  # this library's: where it fails, the benchmark does
 
     def estimated_bytes(self, n: int, d: int) -> float:
         return n * n * (self.bytes_per_pair + d * self.bytes_per_pair_and_dim + n * self.bytes_per_triple)
@@ -68,7 +66,7 @@ def fused(backend: str, precision: str | None = None, symmetric: bool = False) -
 
         return loss
 
-    return Rival(name, make, symmetric=symmetric)
+    return Rival(name, make, symmetric=symmetric, ours=True)
 
 
 def fused_rivals(backends: list[str] | None, float32: bool) -> list[Rival]:

@@ -11,18 +11,19 @@ rate at which PyTorch copies the segments: 1.25 is 80 % of it. `eager` multiplie
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 
 import torch
 from measure import Step, gpu_seconds, machine, peak_bytes, time_in_turn
-from report import Row, table, write
+from report import Results, Row, Wrong, add_output_options, exit_status, print_about, table
 from torch import Tensor
 
 import hicl_fast
 import hicl_fast.functional as HF
-from hicl_fast import BackendError, reference
+from hicl_fast import reference
 from hicl_fast.backend.registry import NAMES
 
 COPY = "copy of the segments"
@@ -34,14 +35,12 @@ def main(argv: list[str] | None = None) -> list[Row]:
     args = parse(argv)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     about = machine(device) | {"dim": args.dim, "dtype": args.dtype}
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    rows: list[Row] = []
+    print_about(about)
+    results = Results(about, args.json)
     for kind in LENGTHS:
-        measured = measure(args, kind, device, dtype)
-        print(f"\n{kind}", table(measured, "x copy"), flush=True)
-        rows += measured
-    write(rows, about, COPY, args.json, None)
-    return rows
+        measure(args, kind, device, dtype, results)
+        print(f"\n{kind}", table([row for row in results.rows if row["lengths"] == kind], "x copy"), flush=True)
+    return results.rows
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -54,7 +53,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=[str(t).removeprefix("torch.") for t in TOLERANCE], default="float32")
     parser.add_argument("--backends", nargs="+", choices=NAMES, default=available[::-1], metavar="NAME")
     parser.add_argument("--seconds", type=float, default=3.0, help="of timing for each kind of lengths")
-    parser.add_argument("--json", metavar="FILE")
+    add_output_options(parser, plots=False)
     return parser.parse_args(argv)
 
 
@@ -72,7 +71,7 @@ def skewed(num_segments: int) -> Tensor:
 LENGTHS: dict[str, Callable[[int], Tensor]] = {"sequences of 8": alike, "skewed": skewed}
 
 
-def measure(args: argparse.Namespace, kind: str, device: torch.device, dtype: torch.dtype) -> list[Row]:
+def measure(args: argparse.Namespace, kind: str, device: torch.device, dtype: torch.dtype, results: Results) -> None:
     lengths = LENGTHS[kind](args.num_segments)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(device)
     num_segments, generator = int(lengths.sum()), torch.Generator(device).manual_seed(0)
@@ -84,30 +83,29 @@ def measure(args: argparse.Namespace, kind: str, device: torch.device, dtype: to
     pools["eager"] = eager
     destination = torch.empty_like(segments)
     one_pass, pooled = segments.numel() * segments.element_size(), upstream.numel() * upstream.element_size()
-    moved, errors = {COPY: 2 * one_pass}, {}
+    rows = {COPY: results.start(num_segments, COPY, lengths=kind, bytes=2 * one_pass)}
     steps: dict[str, Step] = {COPY: partial(destination.copy_, segments)}
-    rows: list[Row] = []
     for name, pool in pools.items():
-        try:
-            error = check(pool, segments, offsets, weights)
-        except BackendError as refusal:
-            rows.append({"batch": num_segments, "lengths": kind, "name": name, "skipped": str(refusal)})
-            continue
+        own = {}
         for direction, wants_weights, passes in (("", None, 1), (" + backward", False, 2), (" + both", True, 3)):
-            full_name = f"{name}{direction}"
-            errors[full_name] = error
-            moved[full_name] = passes * one_pass + (1 if wants_weights is None else 2) * pooled
-            steps[full_name] = step_of(pool, segments, offsets, weights, upstream, wants_weights)
+            moved = passes * one_pass + (1 if wants_weights is None else 2) * pooled
+            own[wants_weights] = results.start(num_segments, f"{name}{direction}", lengths=kind, bytes=moved)
+        error: float | None = None
+        for wants_weights, row in own.items():
+            with results.attempt(row, ours=pool is not eager):
+                error = check(pool, segments, offsets, weights) if error is None else error
+                results.note(row, error=error)
+                step = step_of(pool, segments, offsets, weights, upstream, wants_weights)
+                step()
+                steps[row["name"]], rows[row["name"]] = step, row
     memory = {name: peak_bytes(step, device) for name, step in steps.items()}
     timings = time_in_turn(steps, args.seconds, device, kind)
     gpu = {name: gpu_seconds(step, device) for name, step in steps.items()}
     taken = {name: gpu[name] or timings[name].median for name in steps}
-    rate = moved[COPY] / taken[COPY]
+    rate = rows[COPY]["bytes"] / taken[COPY]
     for name, timing in timings.items():
-        row = {"batch": num_segments, "lengths": kind, "name": name, **asdict(timing), "memory": memory[name]}
-        row |= {"gpu": gpu[name], "bytes": moved[name], "ratio": taken[name] * rate / moved[name]}
-        rows.append(row | ({"error": errors[name]} if name in errors else {}))
-    return rows
+        ratio = taken[name] * rate / rows[name]["bytes"]
+        results.note(rows[name], **asdict(timing), memory=memory[name], gpu=gpu[name], ratio=ratio)
 
 
 def step_of(
@@ -136,7 +134,7 @@ def check(pool: Pool, segments: Tensor, offsets: Tensor, weights: Tensor) -> flo
     """The largest relative error of the first sequences' rows against the reference in float64.
 
     Raises:
-        RuntimeError: it computes something else.
+        Wrong: it computes something else.
     """
     few = offsets[:101]
     count = int(few[-1])
@@ -144,9 +142,9 @@ def check(pool: Pool, segments: Tensor, offsets: Tensor, weights: Tensor) -> flo
     exact = reference.segment_pool(segments[:count].double(), few, weights[:count].double())
     error = float((got.double() - exact).norm() / exact.norm())
     if not error <= TOLERANCE[segments.dtype]:
-        raise RuntimeError(f"wrong: relative error {error:.1e}, {TOLERANCE[segments.dtype]:.0e} is allowed")
+        raise Wrong(f"relative error {error:.1e}, {TOLERANCE[segments.dtype]:.0e} is allowed")
     return error
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main()))

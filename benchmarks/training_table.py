@@ -53,7 +53,7 @@ class Uniformity:
     segmented: ClassVar[bool] = False
     max_seq_length: ClassVar[int] = 32
 
-    def __init__(self, args: Any) -> None:
+    def __init__(self, args: Any, seed: int = 0) -> None:  # it draws nothing
         self.fused: nn.Module = UniformityLoss(args.temp)
 
     def loss(self, views: Views) -> Tensor:

@@ -15,10 +15,14 @@ class Tile:
     num_warps: int
     num_stages: int
     band: int = 8  # row tiles walked together down the columns, so that both operands stay in the level-2 cache
+    max_registers: int | None = (
+        None  # of a thread, where fewer than the compiler would take let more blocks run at once
+    )
 
     def options(self) -> dict[str, int]:
         """The launch's keyword arguments."""
         return {
+            **({"maxnreg": self.max_registers} if self.max_registers else {}),
             "BLOCK_ROWS": self.rows,
             "BLOCK_COLS": self.cols,
             "BLOCK_DEPTH": self.depth,

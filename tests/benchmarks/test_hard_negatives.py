@@ -8,6 +8,7 @@ from pathlib import Path
 import hard_negatives
 import pytest
 import torch
+from report import exit_status
 from torch import Tensor
 
 SMALL = ["--batch-sizes", "12", "--dim", "16", "-k", "4", "--num-mixed", "5", "--seconds", "2", "--device", "cpu"]
@@ -28,8 +29,26 @@ def test_a_wrong_way_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         return hard_negatives.plain(query, key, "torch")
 
     monkeypatch.setitem(hard_negatives.RIVALS, "eager", without_mixtures)
-    with pytest.raises(RuntimeError, match="wrong: relative error"):
-        hard_negatives.main([*SMALL, "--backends", "torch", "--rivals", "eager"])
+    rows = hard_negatives.main([*SMALL, "--backends", "torch", "--rivals", "eager"])
+    row = next(row for row in rows if row["name"] == "eager")
+    assert row["skipped"].startswith("wrong: relative error") and "median" not in row
+    assert exit_status(rows) == 0  # it is not this library's
+
+
+def test_what_is_wrong_with_ours_is_said_and_fails_it_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("an illegal memory access\nand a stack")
+
+    monkeypatch.setattr(hard_negatives, "fused", broken)
+    monkeypatch.setattr(hard_negatives, "plain", broken)
+    file = tmp_path / "out.json"
+    rows = hard_negatives.main([*SMALL, "--backends", "torch", "--rivals", "eager", "--json", str(file)])
+    said = {row["name"]: row.get("skipped") for row in json.loads(file.read_text())["rows"]}
+    assert said["hicl_fast torch"] == said[hard_negatives.PLAIN] == "RuntimeError: an illegal memory access"
+    assert said["eager"] is said["selection: torch"] is None  # timed, though there is nothing to compare them with
+    assert exit_status(rows) == 1
 
 
 def test_large_batches_leave_the_loop_out() -> None:

@@ -36,10 +36,12 @@ def test_bytes_that_are_moved() -> None:
     assert rows["eager + both"]["bytes"] == 3 * segments + 2 * pooled
 
 
-def test_pooling_that_is_wrong_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pooling_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def unweighted(segments: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
         return segment_pool.HF.segment_pool(segments, offsets, torch.ones_like(weights), backend="torch")
 
     monkeypatch.setattr(segment_pool, "eager", unweighted)
-    with pytest.raises(RuntimeError, match="wrong: relative error"):
-        segment_pool.main(SMALL)
+    rows = segment_pool.main(SMALL)
+    wrong = {row["name"] for row in rows if row.get("skipped", "").startswith("wrong: relative error")}
+    assert wrong == {"eager", "eager + backward", "eager + both"}
+    assert all("median" in row for row in rows if row["name"].startswith("hicl_fast"))

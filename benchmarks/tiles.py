@@ -1,0 +1,139 @@
+"""Times the first product's kernel, exp(similarities), under each tile that might suit a GPU, one after another.
+
+    python benchmarks/tiles.py --device cuda --dtype bfloat16 --json tiles.json
+
+`x limit` is a tile's time over that of the product alone, with PyTorch's BLAS. Every tile's exponentials are checked
+against float64 before it is timed. What is fastest belongs into kernels/tiles.py. Without a GPU, TRITON_INTERPRET=1 runs
+it in Triton's interpreter, whose times say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict, replace
+
+import torch
+from hicl_fast.kernels import launch
+from hicl_fast.kernels.launch import Columns, Rows
+from hicl_fast.kernels.tiles import Tile
+from inputs import embeddings
+from measure import Step, gpu_seconds, machine, peak_bytes, time_in_turn
+from report import Results, Row, Wrong, add_output_options, exit_status, print_about, table
+from torch import Tensor
+from tqdm import tqdm
+
+from hicl_fast import reference
+from hicl_fast.backend.row_kernels import row_kernels
+from hicl_fast.ops.problem import NORM_FLOOR
+
+SCALE = 20.0
+LIMIT = "limit: the product"
+CHECKED_ROWS = 256
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def main(argv: list[str] | None = None) -> list[Row]:
+    args = parse(argv)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    about = machine(device) | {"dim": args.dim, "dtype": args.dtype, "columns": args.columns}
+    print_about(about)
+    results = Results(about, args.json)
+    query, key = (x.to(dtype) for x in embeddings(max(args.rows, args.columns), args.dim, device))
+    measure(query[: args.rows], key[: args.columns], args.seconds, results)
+    print(table(results.rows, "x limit"), flush=True)
+    return results.rows
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--columns", type=int, default=16384)
+    parser.add_argument("--dim", type=int, default=768)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", choices=[str(t).removeprefix("torch.") for t in TOLERANCE], default="bfloat16")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of timing, for all tiles together")
+    add_output_options(parser, plots=False)
+    return parser.parse_args(argv)
+
+
+def measure(query: Tensor, key: Tensor, seconds: float, results: Results) -> None:
+    device, (num_rows, num_cols) = query.device, (query.shape[0], key.shape[0])
+    rows, columns, offset, out = operands(query, key)
+    scale = torch.full((1,), SCALE, device=device)
+
+    def step_of(tile: Tile) -> Step:
+        sums = torch.empty(len(launch.EXP_PLANES), -(-num_cols // tile.cols), num_rows, device=device)
+        return lambda: launch.exp_similarities(
+            rows, columns, tile, slice(0, num_rows), scale, offset, out, sums,
+            amplitude=1.0, wants_dot=False, precision="ieee",
+        )  # fmt: skip
+
+    now = launch.tile_for(query, "ieee", narrow=False)
+    candidates = {"as it is": now, **others(now)}
+    product = torch.empty(num_rows, num_cols, dtype=query.dtype, device=device)
+    steps: dict[str, Step] = {LIMIT: lambda: torch.mm(query, key.T, out=product)}
+    row_of = {LIMIT: results.start(num_rows, LIMIT)}
+    for name, tile in tqdm(candidates.items(), desc="checking", leave=False, file=sys.stderr):
+        row = row_of[name] = results.start(num_rows, name, tile=asdict(tile))
+        # A tile that the device has no room for is no failure, but the one in use is.
+        with results.attempt(row, ours=tile is now):
+            step = step_of(tile)
+            step()
+            results.note(row, error=check(query, key, out))
+            steps[name] = step
+    memory = {name: peak_bytes(step, device) for name, step in steps.items()}
+    timings = time_in_turn(steps, seconds, device, "timing")
+    for name, timing in timings.items():
+        ratio = timing.median / timings[LIMIT].median
+        results.note(row_of[name], **asdict(timing), memory=memory[name], ratio=ratio, gpu=None)
+    for name, step in steps.items():
+        results.note(row_of[name], gpu=gpu_seconds(step, device))
+
+
+def others(now: Tile) -> dict[str, Tile]:
+    """Variations of the tile in use: of how it is run, and of its shape."""
+    depth = now.depth
+    return {
+        "128 registers": replace(now, max_registers=128),
+        "2 stages": replace(now, num_stages=2),
+        "4 stages": replace(now, num_stages=4),
+        "band of 4": replace(now, band=4),
+        "band of 16": replace(now, band=16),
+        "half the depth, 4 stages": replace(now, depth=max(16, depth // 2), num_stages=4),
+        "128 × 128, 4 warps": replace(now, rows=128, cols=128, num_warps=4),
+        "128 × 64, 4 warps": replace(now, rows=128, cols=64, num_warps=4),
+        "64 × 128, 4 warps": replace(now, rows=64, cols=128, num_warps=4),
+        "128 × 256, 8 warps": replace(now, rows=128, cols=256, num_warps=8),
+        "256 × 128, 8 warps": replace(now, rows=256, cols=128, num_warps=8),
+    }
+
+
+def operands(query: Tensor, key: Tensor) -> tuple[Rows, Columns, Tensor, Tensor]:
+    """What the kernel takes: rows, columns with the positives left out, offsets (R,) and a buffer (R, C)."""
+    normalise = row_kernels(query.device).normalise
+    target = torch.arange(query.shape[0], device=query.device)
+    columns = launch.Columns(normalise(key, NORM_FLOOR), launch.POSITIVE, target, 0.0, launch.ORDINARY, None, None)
+    offset = torch.full((query.shape[0],), SCALE, device=query.device)
+    out = torch.empty(query.shape[0], key.shape[0], dtype=query.dtype, device=query.device)
+    return normalise(query, NORM_FLOOR), columns, offset, out
+
+
+def check(query: Tensor, key: Tensor, got: Tensor) -> float:
+    """The relative error, in norm, of the first rows' exponentials.
+
+    Raises:
+        Wrong: it is larger than the type allows.
+    """
+    few = query[:CHECKED_ROWS].double()
+    exact = (SCALE * (reference.normalise(few) @ reference.normalise(key.double()).T - 1)).exp()
+    exact.diagonal().zero_()  # the positives
+    error = float((got[: len(few)].double() - exact).norm() / exact.norm())
+    tolerance = TOLERANCE[query.dtype]
+    if not error <= tolerance:
+        raise Wrong(f"relative error {error:.1e} against float64, {tolerance:.0e} is allowed")
+    return error
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main()))
