@@ -10,6 +10,9 @@ import torch
 import training_table
 from training_table import COLUMNS, UniformityLoss, cell, table
 
+from hicl_fast.trainer.arguments import MethodArguments
+from hicl_fast.trainer.methods import METHODS
+
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
@@ -48,6 +51,15 @@ def test_runs_each_method_with_each_seed_once(
     assert "| simcse | 2 | 1.50 ± 0.71 |" in capsys.readouterr().out
     assert training_table.main(arguments(tmp_path)) == {**scores, "start": [dict.fromkeys(COLUMNS, 4.0)]}
     assert len(runs) == 4
+
+
+def test_every_default_method_is_made_as_the_trainer_makes_it(runs: list[list[str]], tmp_path: Path) -> None:
+    training_table.main([part for part in arguments(tmp_path) if part not in ("--methods", "simcse", "uniformity")])
+    methods = {run[run.index("--method") + 1] for run in runs}
+    assert methods == {"simcse", "hicl", "uniformity"}
+    for name in methods:
+        method = METHODS[name](MethodArguments(method=name), 7)
+        assert isinstance(method.fused, torch.nn.Module) and callable(method.reference)
 
 
 def test_cells() -> None:
