@@ -316,7 +316,7 @@ REHEARSED = {
     "loss_throughput": "--batch-sizes 8 16 --rivals eager",
     "hard_negatives": "--batch-sizes 16 -k 3 --num-mixed 4 --rivals none",
     "segment_pool": "--num-segments 64",
-    "tiles": "--rows 96 --columns 160",
+    "tiles": "--rows 40 --columns 100",
 }
 
 

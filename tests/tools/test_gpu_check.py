@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -65,32 +66,45 @@ os.execv(arguments[command], arguments[command:])
 """
 
 
-@pytest.mark.slow
-@each_tool
-def test_rehearsal(tool: ModuleType, tmp_path: Path) -> None:
-    """Every step runs, in small and on the CPU, and every file is there; the build is another test's."""
-    name = tool.__name__.rpartition(".")[2]
-    out, wheels, programs = (tmp_path / part for part in ("out", "wheels", "programs"))
-    for folder in (wheels, programs):
-        folder.mkdir()
-    sanitizer = programs / "compute-sanitizer"
-    sanitizer.write_text(SANITIZER)
-    sanitizer.chmod(0o755)
-    environment = {
-        **os.environ,
-        **{"OUT": str(out), "WHEELS": str(wheels), "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"},
-    }
-    command = [sys.executable, "-m", f"tools.{name}", "--rehearse"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert {path.name for path in out.iterdir()} == FILES[name] and len(FILES[name]) <= MOST_FILES
-    summary = json.loads((out / f"{name.replace('_', '-')}.json").read_text())
+def assert_whole(out: Path, name: str, files: set[str]) -> None:
+    """Every file is there, and holds what it is for."""
+    assert {path.name for path in out.iterdir()} == files and len(files) <= MOST_FILES
+    summary = json.loads((out / f"{name}.json").read_text())
     left_out = {step["name"] for step in summary["steps"] if step["outcome"] == "left out"}
     assert summary["passed"] and summary["whole"] and left_out <= {"rivals", "build"}
-    for file in out.glob("*.json"):
-        if file.name != f"{name.replace('_', '-')}.json":
-            rows = json.loads(file.read_text())["rows"]
-            assert rows and all("median" in row for row in rows if "hicl_fast" in row["name"] or file.stem == "tiles")
+    for file in files - {f"{name}.json"}:
+        if file.endswith(".json"):
+            rows = json.loads((out / file).read_text())["rows"]
+            assert rows and all("median" in row for row in rows if "hicl_fast" in row["name"] or file == "tiles.json")
+
+
+@pytest.mark.slow
+def test_rehearsal_of_the_first(tmp_path: Path) -> None:
+    """Every step runs, in small and on the CPU, but the build, where the extension is built."""
+    command = [sys.executable, "-m", "tools.gpu_first", "--rehearse"]
+    environment = {**os.environ, "OUT": str(tmp_path / "out")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_whole(tmp_path / "out", "gpu-first", FILES["gpu_first"])
+
+
+@pytest.mark.slow
+def test_rehearsal_of_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step that the first has not."""
+    programs, out = tmp_path / "programs", tmp_path / "out"
+    for folder in (programs, out):
+        folder.mkdir()
+    (programs / "compute-sanitizer").write_text(SANITIZER)
+    (programs / "compute-sanitizer").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(gpu_steps, "PYTHON", Path(sys.executable))
+    common = {step.name for step in gpu_first.steps(tmp_path)} - {"small", "large"}
+    plan = [step for step in gpu_check.steps(out, rehearsing=True) if step.name not in common]
+    assert gpu_steps.run_all("gpu-check", "a rehearsal", plan, out, time.monotonic() + 1e4), (
+        out / "gpu-check.log"
+    ).read_text()
+    assert {"memcheck", "racecheck"} <= {step.name for step in plan}
+    assert_whole(out, "gpu-check", FILES["gpu_check"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
