@@ -243,16 +243,6 @@ def test_backward_twice_and_two_forwards_first(backend: str, reduction: str) -> 
     torch.testing.assert_close(q[1].grad, alone.grad)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_second_derivatives_are_refused(backend: str, reduction: str) -> None:
-    inputs = draw(4, 4, 3)
-    q = inputs["query"].requires_grad_()
-    loss = HF.info_nce(q, inputs["key"], reduction=reduction, backend=backend).sum() * q.sum()
-    (gradient,) = torch.autograd.grad(loss, q, create_graph=True)
-    with pytest.raises(RuntimeError, match="can be differentiated once"):
-        gradient.sum().backward()
-
-
 def test_scaled_float16_does_not_underflow(backend: str) -> None:
     inputs = {name: x.half() for name, x in draw(64, 64, 16, spread=0.1).items()}
     options = {"temperature": 0.3, "backend": backend}
@@ -294,7 +284,6 @@ def test_bf16_products_stay_near(backend: str) -> None:
     got = evaluate(HF.info_nce, inputs, {"backend": backend, "precision": "bf16"})
     for g, e in zip(got, exact, strict=True):
         assert relative_error(g, e) < 2e-2
-    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16", "the setting is put back"
 
 
 def test_the_comparison_can_fail(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
