@@ -14,6 +14,7 @@ from hicl_fast.distributed.agreement import Shares
 from hicl_fast.distributed.gathering import gather_labels, gather_rows
 from hicl_fast.distributed.ranks import Gather, Ranks
 from hicl_fast.distributed.ring import foreign_log_sum_exp
+from hicl_fast.ops.problem import host_number
 from hicl_fast.reference.info_nce import Reduction
 
 # From the keys of all ranks, their groups and the place of the first own one among them: the keys to score, and further
@@ -202,4 +203,4 @@ def scale_of(temperature: float | Tensor) -> Tensor:
     """1/τ as a 0-d tensor, of a number in host memory."""
     if isinstance(temperature, Tensor):
         return temperature.to(torch.promote_types(temperature.dtype, torch.float32)).reciprocal()
-    return torch.tensor(1.0 / temperature, dtype=torch.float64)
+    return host_number(1.0 / temperature)

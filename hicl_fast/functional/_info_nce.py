@@ -44,6 +44,9 @@ def info_nce(
     are kept in float32 (float64 where an input is float64); gradients have their input's type. A zero row has
     similarity 0 to everything and gets gradient 0.
 
+    Second derivatives (``create_graph=True``), forward mode and ``torch.func`` are right, and take the time and memory of
+    plain PyTorch: they build the N×M matrix.
+
     Args:
         query: (N, D) rows to classify; need not be normalised.
         key: (M, D) candidates; need not be normalised.
@@ -64,9 +67,12 @@ def info_nce(
         margin: ArcCon's angle u ≥ 0 in radians: the target's logit becomes cos(θ + u)/τ.
         symmetric: the mean of this loss and the same loss with query and key exchanged; needs N = M and no target.
         reduction: ``"mean"`` over rows, ``"sum"`` or ``"none"``.
-        precision: of the matrix products. ``None`` follows the input type and
-            ``torch.set_float32_matmul_precision``; ``"float32"``; ``"bf16"`` rounds the operands to bfloat16 and
-            accumulates in float32 where the processor has such products.
+        precision: of the matrix products; sums are float32 whatever it is, and no setting of PyTorch's is touched.
+            ``None``: as PyTorch multiplies on the device, by the inputs' type on a GPU, in float32 on a CPU, both as
+            ``torch.set_float32_matmul_precision`` and ``torch.backends.*.fp32_precision`` have it. ``"float32"``: every
+            digit of float32 whatever those settings allow; where they allow less, a CPU computes in float64, at half the
+            speed. ``"bf16"``: a GPU rounds float32 operands to bfloat16; a CPU multiplies as with ``None``, since there
+            are no bfloat16 products for it here yet.
         backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Returns:

@@ -289,7 +289,8 @@ def _mhe(u: Tensor, v: Tensor, modified: Collection[str], temperature: float, st
     uniformity: Tensor | float = 0.0
     for x in (u, v):
         s = x @ x.T / (temperature if "w" in modified else 1.0)
-        among_pairs = torch.logsumexp(s[torch.ones_like(s).tril(-1).bool()], dim=0)
+        once = torch.ones(s.shape, dtype=torch.bool, device=s.device).tril(-1)
+        among_pairs = torch.logsumexp(s.masked_fill(~once, -torch.inf).flatten(), dim=0)
         uniformity = uniformity + among_pairs
         if "w" in modified:
             row_lse = torch.logsumexp(s.masked_fill(_diagonal(s), -torch.inf), dim=1)
