@@ -16,7 +16,7 @@ from hicl_fast.distributed.info_nce import Part, joined_info_nce
 from hicl_fast.losses import hncse
 from hicl_fast.losses.hncse import Groups, HardNegativeMixing, Mixtures, PositiveMixing
 from hicl_fast.losses.queue import NegativeQueue
-from hicl_fast.losses.temperature import Temperature
+from hicl_fast.losses.temperature import MAX_LOGIT_SCALE, Temperature
 from hicl_fast.reference.info_nce import Reduction, SameGroup
 
 
@@ -40,7 +40,10 @@ class FusedInfoNCELoss(nn.Module):
 
     Args:
         temperature: τ > 0; where it is learned, its first value.
-        learnable_temperature: learn log(1/τ), with 1/τ at most 100, as CLIP does.
+        learnable_temperature: learn log(1/τ), as CLIP does.
+        max_logit_scale: the largest 1/τ that is learned, CLIP's by default; ``None``: no bound. A first value beyond it is
+            kept to, and is the bound then. After a step beyond it the parameter is put back to it when the loss is next
+            called in training, and comes back from there as soon as the gradient asks for it.
         margin: ArcCon's angular margin in radians.
         symmetric: average with the loss of queries and keys exchanged.
         hard_negative_weight: added to the logit of row i's own negative (SimCSE's rule).
@@ -78,6 +81,7 @@ class FusedInfoNCELoss(nn.Module):
         temperature: float = 0.05,
         *,
         learnable_temperature: bool = False,
+        max_logit_scale: float | None = MAX_LOGIT_SCALE,
         margin: float = 0.0,
         symmetric: bool = False,
         hard_negative_weight: float = 0.0,
@@ -95,7 +99,7 @@ class FusedInfoNCELoss(nn.Module):
         for name, mixing in (("hard_negative_mixing", hard_negative_mixing), ("positive_mixing", positive_mixing)):
             if symmetric and mixing is not None:
                 raise ValueError(f"{name}: expected None with symmetric=True, since a mixture has one direction")
-        self.temperature = Temperature(temperature, learnable_temperature)
+        self.temperature = Temperature(temperature, learnable_temperature, max_logit_scale)
         self.margin, self.symmetric, self.same_group = margin, symmetric, same_group
         self.hard_negative_weight = hard_negative_weight
         self.queue = NegativeQueue(queue_size) if queue_size else None
