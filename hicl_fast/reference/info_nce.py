@@ -27,6 +27,7 @@ def info_nce(
     extra_logits: Tensor | None = None,  # (N, E)
     query_group: Tensor | None = None,  # (N,) int64
     key_group: Tensor | None = None,  # (M,) int64
+    bank_group: Tensor | None = None,  # (B,) int64
     same_group: SameGroup = "exclude",
     margin: float = 0.0,
     symmetric: bool = False,
@@ -42,6 +43,7 @@ def info_nce(
         negatives=negatives,
         hard_negative_weight=hard_negative_weight,
         bank=bank,
+        bank_group=bank_group,
         extra_logits=extra_logits,
         temperature=temperature,
         same_group=same_group,
@@ -74,6 +76,7 @@ def _row_losses(
     negatives: Tensor | None,
     hard_negative_weight: float,
     bank: Tensor | None,
+    bank_group: Tensor | None,
     extra_logits: Tensor | None,
     temperature: float | Tensor,
     same_group: SameGroup,
@@ -101,14 +104,21 @@ def _row_losses(
         own = torch.zeros_like(logits)
         own.fill_diagonal_(hard_negative_weight)
         denominator.append(logits + own)
+    positives = [(key_logits, in_group)]  # where groups make them
     if bank is not None:
-        denominator.append(unit_query @ normalise(bank.detach().to(dtype)).T / temperature)
+        logits = unit_query @ normalise(bank.detach().to(dtype)).T / temperature  # (N, B)
+        in_group = torch.zeros_like(logits, dtype=torch.bool)
+        if bank_group is not None and query_group is not None:
+            in_group = query_group[:, None] == bank_group[None, :]
+        denominator.append(logits.masked_fill(in_group, -torch.inf) if same_group == "exclude" else logits)
+        positives.append((logits, in_group))
     if extra_logits is not None:
         denominator.append(extra_logits.to(dtype))
 
     loss = _log1p_ratio(torch.cat(denominator, dim=1), positive)
     if same_group == "positive":
-        mean_positive = (key_logits * in_group).sum(dim=1) / in_group.sum(dim=1)
+        total = sum((logits * is_positive).sum(dim=1) for logits, is_positive in positives)
+        mean_positive = total / sum(is_positive.sum(dim=1) for _, is_positive in positives)
         loss = loss + positive - mean_positive
     return loss
 
