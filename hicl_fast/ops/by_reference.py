@@ -16,8 +16,10 @@ from hicl_fast.reference.info_nce import Statistics, info_nce_with_statistics
 from hicl_fast.reference.paradigm import pair_statistics
 
 
-def info_nce(problem: Problem, reduction: str, extra_logits: Tensor | None = None) -> Statistics:
-    """``extra_logits`` (N, E): further ones than the problem's."""
+def info_nce(
+    problem: Problem, reduction: str, extra_logits: Tensor | None = None, bank_group: Tensor | None = None
+) -> Statistics:
+    """``extra_logits`` (N, E): further ones than the problem's; ``bank_group`` (B,): groups of its bank's rows."""
     extra = [x for x in (problem.extra_logits, extra_logits) if x is not None]
     dtype = problem.dtype
     joined = torch.cat([x.to(dtype) for x in extra], dim=1) if extra else None
@@ -32,6 +34,7 @@ def info_nce(problem: Problem, reduction: str, extra_logits: Tensor | None = Non
         extra_logits=joined,
         query_group=problem.query_group,
         key_group=problem.key_group,
+        bank_group=bank_group,
         same_group=problem.same_group,  # type: ignore[arg-type]
         margin=problem.margin,
         symmetric=problem.symmetric,

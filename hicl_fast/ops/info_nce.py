@@ -64,13 +64,23 @@ class Result(NamedTuple):
     hard_negatives: Tensor | None = None  # (N, k) int64, the keys that were mixed
 
 
-def apply(problem: Problem, reduction: str, backend: str, mixing: Mixing | None = None) -> Result:
+def apply(
+    problem: Problem,
+    reduction: str,
+    backend: str,
+    mixing: Mixing | None = None,
+    bank_group: Tensor | None = None,  # (B,) int64
+) -> Result:
+    if problem.same_group == "negative":
+        bank_group = None
     if is_transformed(*problem.differentiable()):
-        return _apply_transformed(problem, reduction, backend, mixing)
+        return _apply_transformed(problem, reduction, backend, mixing, bank_group)
     if mixing is not None:
-        return _apply_mixing(problem, reduction, backend, mixing)
+        return _apply_mixing(problem, reduction, backend, mixing, bank_group)
     if problem.symmetric and not _one_sweep_covers_both_directions(problem):
-        return _average_of_directions(problem, reduction, backend)
+        return _average_of_directions(problem, reduction, backend, bank_group)
+    if bank_group is not None:
+        problem = _with_bank_among_keys(problem, bank_group)
     backend = registry.choose(backend, "info_nce", problem.query.device.type, problem.dtype, features(problem))
     inputs = problem.differentiable()
     wanted = _wanted(inputs)
@@ -95,11 +105,19 @@ def _apply_traced(problem: Problem, reduction: str, wanted: Wanted, backend: str
     return Result(*outputs[:3])
 
 
-def _apply_mixing(problem: Problem, reduction: str, backend: str, mixing: Mixing) -> Result:
+def _with_bank_among_keys(problem: Problem, bank_group: Tensor) -> Problem:
+    """Bank rows as keys without gradient, behind the others: then groups mean for them what they mean for keys."""
+    assert problem.bank is not None and problem.key_group is not None
+    keys, groups = torch.cat([problem.key, problem.bank]), torch.cat([problem.key_group, bank_group])
+    return replace(problem, key=keys, key_group=groups, bank=None)
+
+
+def _apply_mixing(problem: Problem, reduction: str, backend: str, mixing: Mixing, bank_group: Tensor | None) -> Result:
     """In the sweep over the similarities where the backend does that; else hard negatives and mixtures come first."""
     chosen = registry.choose(backend, "info_nce", problem.query.device.type, problem.dtype, features(problem))
     inputs = problem.differentiable()
-    if reduction != "none" and runs_eagerly(*inputs, mixing.pairs) and _mixes_while_sweeping(chosen):
+    can_sweep = bank_group is None and reduction != "none" and runs_eagerly(*inputs, mixing.pairs)
+    if can_sweep and _mixes_while_sweeping(chosen):
         mixed_negatives.check_indices("pairs", mixing.pairs, mixing.k, "places among the k")
         return _apply_mean(problem, reduction, _wanted(inputs), chosen, mixing)
 
@@ -109,18 +127,21 @@ def _apply_mixing(problem: Problem, reduction: str, backend: str, mixing: Mixing
     logits = mixed_negatives.apply(query, key, index, mixing.pairs, mixing.alpha, problem.scale, backend)
     if problem.extra_logits is not None:
         logits = torch.cat([problem.extra_logits.to(logits.dtype), logits], dim=1)
-    return apply(replace(problem, extra_logits=logits), reduction, backend)._replace(hard_negatives=index)
+    with_mixtures = replace(problem, extra_logits=logits)
+    return apply(with_mixtures, reduction, backend, bank_group=bank_group)._replace(hard_negatives=index)
 
 
 def _mixes_while_sweeping(backend: str) -> bool:
     return getattr(registry.implementation("info_nce", backend), "MIXES_WHILE_SWEEPING", False)
 
 
-def _apply_transformed(problem: Problem, reduction: str, backend: str, mixing: Mixing | None) -> Result:
+def _apply_transformed(
+    problem: Problem, reduction: str, backend: str, mixing: Mixing | None, bank_group: Tensor | None
+) -> Result:
     registry.choose(backend, "info_nce", problem.query.device.type, problem.dtype, features(problem))  # or its refusal
     index = None if mixing is None else by_reference.hardest_keys(problem, mixing.k)
     mixed = None if mixing is None or index is None else by_reference.mixed_logits(problem, mixing, index)
-    return Result(*by_reference.info_nce(problem, reduction, mixed), index)
+    return Result(*by_reference.info_nce(problem, reduction, mixed, bank_group), index)
 
 
 def _one_sweep_covers_both_directions(problem: Problem) -> bool:
@@ -129,7 +150,7 @@ def _one_sweep_covers_both_directions(problem: Problem) -> bool:
     return only_keys and problem.same_group != "positive"
 
 
-def _average_of_directions(problem: Problem, reduction: str, backend: str) -> Result:
+def _average_of_directions(problem: Problem, reduction: str, backend: str, bank_group: Tensor | None) -> Result:
     forward = replace(problem, symmetric=False)
     exchanged = replace(
         forward,
@@ -138,7 +159,7 @@ def _average_of_directions(problem: Problem, reduction: str, backend: str) -> Re
         query_group=problem.key_group,
         key_group=problem.query_group,
     )
-    rows, columns = apply(forward, reduction, backend), apply(exchanged, reduction, backend)
+    rows, columns = (apply(one, reduction, backend, bank_group=bank_group) for one in (forward, exchanged))
     return rows._replace(loss=(rows.loss + columns.loss) / 2)
 
 

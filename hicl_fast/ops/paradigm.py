@@ -13,7 +13,7 @@ from torch import Tensor
 from hicl_fast.backend import registry
 from hicl_fast.ops import by_reference, info_nce
 from hicl_fast.ops.autograd import Again, is_one, is_transformed, runs_eagerly, without_autocast
-from hicl_fast.ops.paradigm_objectives import OBJECTIVES
+from hicl_fast.ops.paradigm_objectives import OBJECTIVES, alone
 from hicl_fast.ops.paradigm_settings import NUM_FIELDS, SCHEMA, Settings
 from hicl_fast.ops.problem import Problem, host_number, sum_type
 
@@ -60,7 +60,8 @@ def _run(u: Tensor, v: Tensor, settings: Settings, wants_gradients: bool, backen
     with torch.no_grad(), without_autocast(u.device.type):
         engine = registry.implementation("paradigm", backend)
         views = engine.views(u, v, sum_type(u, v))
-        loss, u_terms, v_terms, hardest = OBJECTIVES[settings.objective](views, settings, engine)
+        objective = OBJECTIVES[settings.objective] if len(u) > 1 else alone
+        loss, u_terms, v_terms, hardest = objective(views, settings, engine)
         if wants_gradients:
             u_grad, v_grad = engine.gradient(views.u, u_terms), engine.gradient(views.v, v_terms)
             return loss, views.positive, hardest, u_grad, v_grad

@@ -27,6 +27,7 @@ def info_nce(
     extra_logits: Tensor | None = None,  # (N, E)
     query_group: Tensor | None = None,  # (N,) int64
     key_group: Tensor | None = None,  # (M,) int64
+    bank_group: Tensor | None = None,  # (B,) int64
     same_group: SameGroup = "exclude",
     margin: float = 0.0,
     symmetric: bool = False,
@@ -48,6 +49,7 @@ def info_nce(
         extra_logits=extra_logits,
         query_group=query_group,
         key_group=key_group,
+        bank_group=bank_group,
         same_group=same_group,
         margin=margin,
         symmetric=symmetric,
@@ -75,6 +77,7 @@ def info_nce_with_statistics(
     extra_logits: Tensor | None = None,
     query_group: Tensor | None = None,
     key_group: Tensor | None = None,
+    bank_group: Tensor | None = None,
     same_group: SameGroup = "exclude",
     margin: float = 0.0,
     symmetric: bool = False,
@@ -86,6 +89,7 @@ def info_nce_with_statistics(
         negatives=negatives,
         hard_negative_weight=hard_negative_weight,
         bank=bank,
+        bank_group=bank_group,
         extra_logits=extra_logits,
         temperature=temperature,
         same_group=same_group,
@@ -119,6 +123,7 @@ def _rows(
     negatives: Tensor | None,
     hard_negative_weight: float,
     bank: Tensor | None,
+    bank_group: Tensor | None,
     extra_logits: Tensor | None,
     temperature: float | Tensor,
     same_group: SameGroup,
@@ -147,15 +152,23 @@ def _rows(
         if hard_negative_weight != 0.0:
             logits = logits + hard_negative_weight * torch.eye(n, dtype=dtype, device=query.device)
         denominator.append(logits)
+    positives = [(key_logits, in_group)]  # where groups make them
     if bank is not None:
-        competing.append(unit_query @ normalise(bank.detach().to(dtype)).T)  # (N, B)
-        denominator.append(competing[-1] / temperature)
+        similarity = unit_query @ normalise(bank.detach().to(dtype)).T  # (N, B)
+        in_group = torch.zeros_like(similarity, dtype=torch.bool)
+        if bank_group is not None and query_group is not None:
+            in_group = query_group[:, None] == bank_group[None, :]
+        logits = similarity / temperature
+        competing.append(similarity if same_group == "negative" else similarity.masked_fill(in_group, -torch.inf))
+        denominator.append(logits.masked_fill(in_group, -torch.inf) if same_group == "exclude" else logits)
+        positives.append((logits, in_group))
     if extra_logits is not None:
         denominator.append(extra_logits.to(dtype))
 
     loss = _log1p_ratio(torch.cat(denominator, dim=1), positive_logit)
     if same_group == "positive":
-        mean_positive = (key_logits * in_group).sum(dim=1) / in_group.sum(dim=1)
+        total = sum((logits * is_positive).sum(dim=1) for logits, is_positive in positives)
+        mean_positive = total / sum(is_positive.sum(dim=1) for _, is_positive in positives)
         loss = loss + positive_logit - mean_positive
     return Statistics(loss, positive.detach(), torch.cat(competing, dim=1).detach().amax(dim=1))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from hicl_fast.trainer.checks import LossMismatch
 from hicl_fast.trainer.encoder import SentenceEncoder
 from hicl_fast.trainer.methods import METHODS, Method
 from hicl_fast.trainer.model import POOLING_KEY, load_encoder, load_tokenizer, max_tokens, renew_pooler
+from hicl_fast.trainer.rescue import Stopped
 from hicl_fast.trainer.slicing import ViewCollator
 from hicl_fast.trainer.text import TrainingText, read_training_text
 from hicl_fast.trainer.trainer import ContrastiveTrainer
@@ -43,6 +45,10 @@ def main(argv: list[str] | None = None) -> None:
         train(argv)
     except (ValueError, OSError, LossMismatch) as error:
         sys.exit(f"error: {error}")
+    except Stopped as stopped:
+        sys.exit(128 + stopped.number)  # as a shell reports a program that a signal ended
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def train(argv: list[str] | None = None) -> dict[str, float | None]:
@@ -51,15 +57,20 @@ def train(argv: list[str] | None = None) -> dict[str, float | None]:
     Raises:
         ValueError, OSError: an argument or a file is not as expected.
         LossMismatch: ``--check_every`` found the fused loss wrong.
+        Stopped: Ctrl-C or SIGTERM. Then, as when a step fails, what was trained is in a checkpoint.
     """
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, MethodArguments, TrainingArguments), prog="python -m hicl_fast.trainer"
     )  # type: ignore[arg-type]
     args = Arguments(*parser.parse_args_into_dataclasses(argv))
     trainer, checkpoint = build(args)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_model()
-    trainer.save_state()
+    stop = trainer.last_step.stop
+    with stop.heard():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.save_model()
+        trainer.save_state()
+    if stop.asked is not None:  # in the last step: it is done but for the report
+        raise Stopped(stop.asked)
     return report(args) if trainer.is_world_process_zero() else {}
 
 

@@ -95,7 +95,7 @@ def test_types_and_temperatures(backend: str, case: str, temperature: float, dty
 
 
 @pytest.mark.parametrize("groups", [None, "exclude", "negative", "positive"])
-@pytest.mark.parametrize("columns", ["keys", "negatives", "bank", "extra", "all"])
+@pytest.mark.parametrize("columns", ["keys", "negatives", "bank", "grouped bank", "extra", "all"])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_columns_and_groups(backend: str, columns: str, groups: str | None, symmetric: bool) -> None:
     n, m, d = 23, 23 if symmetric else 31, 17
@@ -110,12 +110,14 @@ def test_columns_and_groups(backend: str, columns: str, groups: str | None, symm
         options["hard_negative_weight"] = 0.7
     if columns in ("extra", "all"):
         inputs["extra_logits"] = 5 * torch.randn(n, 6, generator=generator, dtype=torch.float64)
-    if columns in ("bank", "all"):
+    if columns in ("bank", "grouped bank", "all"):
         options["bank"] = torch.randn(9, d, generator=generator)
     if groups:
         options |= {"same_group": groups}
         options |= {"query_group": torch.randint(0, 7, (n,), generator=generator)}
         options |= {"key_group": torch.randint(0, 7, (m,), generator=generator)}
+        if columns in ("grouped bank", "all"):
+            options |= {"bank_group": torch.randint(0, 7, (9,), generator=generator)}
     assert_as_exact_as_eager(inputs, options, backend, torch.float64)
     assert_as_exact_as_eager(inputs, options, backend, torch.float32)
 
