@@ -40,8 +40,8 @@ class ModelArguments:
 class DataArguments:
     train_file: str = field(
         metadata={
-            "help": "text of one document a line; or a .csv with a heading and 1 to 3 columns: "
-            "sentence, positive, hard negative"
+            "help": "text of one document a line; or .csv, .tsv or .jsonl whose columns are named: sentence, positive, "
+            "hard negatives, as sent0,sent1,hard_neg; any of them also as .gz"
         }
     )
     max_seq_length: int | None = _option(  # type: ignore[assignment]
