@@ -80,7 +80,7 @@ def build(args: Arguments) -> tuple[ContrastiveTrainer, Path | None]:
     set_seed(training.seed)
     source = checkpoint or model_source(args, text, output_dir)
     tokenizer = load_tokenizer(source)
-    encoder, pooler_type = load_encoder(source, args.model.pooler_type)
+    encoder, pooler_type = load_encoder(source, asked_pooler(args.model), default="cls")
     if pooler_type == "cls" and getattr(encoder.config, POOLING_KEY, None) != "cls":
         renew_pooler(encoder)
     if args.model.freeze_word_embeddings:
