@@ -132,8 +132,11 @@ def write_sentence_transformers_files(
 ) -> bool:
     """Makes a saved encoder open in sentence-transformers with the same embeddings.
 
-    Returns False, and writes nothing, for the pooler types that library does not have.
+    Returns False, and writes nothing, for the pooler types that library does not have. What an earlier model of the folder
+    said of itself is deleted.
     """
+    for name in folder_modules.FILES:
+        (Path(folder) / name).unlink(missing_ok=True)
     longest = max_tokens(encoder, tokenizer)
     files = folder_modules.files(pooler_type, encoder.config.hidden_size, None if longest == UNLIMITED else longest)
     for name, content in files.items():

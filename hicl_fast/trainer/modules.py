@@ -23,6 +23,8 @@ _TRANSFORMERS = [  # as the library named them through the years
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 ]
 
+FILES = (_MODULES, _TRANSFORMER, _POOLING, _DENSE, _PROMPTS)
+
 _MODES = {"cls": "cls", "cls_before_pooler": "cls", "avg": "mean", "last_token": "lasttoken"}
 _MODE_KEYS = {
     "cls": "pooling_mode_cls_token",
