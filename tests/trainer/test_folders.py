@@ -15,7 +15,10 @@ import torch
 import transformers
 from torch import Tensor
 
+from hicl_fast import mine
 from hicl_fast.analysis.embeddings import views_of_model
+from hicl_fast.evaluation import __main__ as evaluation
+from hicl_fast.evaluation import spearman
 from hicl_fast.trainer.cli import main, train
 from hicl_fast.trainer.encoder import SentenceEncoder
 from hicl_fast.trainer.model import load_encoder, load_tokenizer, max_tokens
@@ -171,6 +174,31 @@ def test_a_pooler_type_overrides_in_words(written: Callable[..., Path], caplog: 
         tokens = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     mask = batch["attention_mask"].unsqueeze(-1)
     torch.testing.assert_close(rows, (tokens * mask).sum(1) / mask.sum(1), rtol=1e-5, atol=1e-6)
+
+
+def test_evaluation_and_mining_open_the_folder_so(
+    tmp_path: Path, written: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = written("cls", more=[dense])
+    first, second = TEXTS[:4], TEXTS[4:8]
+    path = tmp_path / "senteval" / "STS" / "STSBenchmark" / "sts-dev.csv"
+    path.parent.mkdir(parents=True)
+    rows = zip(range(1, 5), first, second, strict=True)
+    path.write_text("".join(f"g\tf\ty\t0\t{gold}\t{one}\t{other}\n" for gold, one, other in rows))
+    options = ["--model_name_or_path", str(folder), "--device", "cpu"]
+    evaluation.main([*options, "--data_dir", str(tmp_path / "senteval"), "--tasks", "STS-B dev"])
+    similarity = torch.cosine_similarity(theirs(folder, first).double(), theirs(folder, second).double())
+    expected = 100 * spearman(similarity, torch.arange(4.0))
+    printed = capsys.readouterr().out
+    assert f"| {expected:.2f} |" in printed and "Transformer, Pooling, Dense of sentence-transformers" in printed
+
+    for name, lines in (("query", TEXTS[:1]), ("corpus", TEXTS[1:6])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    files = ["--query", str(tmp_path / "query.txt"), "--corpus", str(tmp_path / "corpus.txt"), "--k", "5"]
+    mine.main([*options, *files, "--output", str(tmp_path / "out.jsonl")])
+    mined = list(json.loads((tmp_path / "out.jsonl").read_text()).values())[2:]
+    similarity = torch.cosine_similarity(theirs(folder, TEXTS[:1]), theirs(folder, TEXTS[1:6]))
+    assert mined == [TEXTS[1:6][column] for column in similarity.argsort(descending=True)]
 
 
 def test_options_of_length(written: Callable[..., Path]) -> None:
@@ -329,3 +357,18 @@ def test_the_trainers_own_folder_needs_no_library(
     torch.testing.assert_close(ours(tmp_path / "run"), expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="need that library"):
         ours(tmp_path / "again")
+
+
+def test_nothing_is_left_of_an_earlier_model(
+    tmp_path: Path, sentences: Path, command: Callable[..., list[str]], written: Callable[..., Path]
+) -> None:
+    """Its modules and prompts would be the new one's to whoever opens the folder."""
+    folder = written("mean", model={"prompts": {"query": "kala: "}, "default_prompt_name": "query"})
+    for pooler_type, left in (("cls_before_pooler", {"modules.json"}), ("avg_top2", set())):
+        options = {"model_name_or_path": folder, "pooler_type": pooler_type, "max_steps": 1}
+        train(command(sentences, "st", **options))  # where it was read from
+        assert {path.name for path in folder.glob("*.json")} & {
+            "modules.json",
+            "config_sentence_transformers.json",
+        } == left
+        assert SentenceEncoder.from_pretrained(folder).description.startswith(f"{pooler_type} pooling")
