@@ -73,8 +73,9 @@ class ContrastiveTrainer(Trainer):
         lengths = inputs["attention_mask"].chunk(self.num_views)[0].sum(dim=1)
 
         def views(rows: Tensor) -> Views:
-            anchor, positive, *negative = rows.chunk(self.num_views)
-            return Views(anchor, positive, negative[0] if negative else None, inputs["offsets"], lengths)
+            size = len(lengths)
+            negative = rows[2 * size :] if self.num_views > 2 else None
+            return Views(rows[:size], rows[size : 2 * size], negative, inputs["offsets"], lengths)
 
         loss = self.method.loss(views(embeddings))
         if self._check_is_due():
