@@ -70,10 +70,18 @@ def as_cosines(
     query: Tensor, key: Tensor, scale: float | Tensor, similarity: Similarity
 ) -> tuple[Tensor, Tensor, float | Tensor]:
     """Queries (N, ·), keys (M, ·) and the temperature with which cosine / temperature is scale · similarity."""
+    if isinstance(scale, Tensor):
+        # In the type of the sums at least: the operator takes the inverse of the temperature again.
+        scale = scale.reshape(()).to(torch.promote_types(scale.dtype, sum_type(query, key)))
     if similarity == "cosine":
         return query, key, 1.0 / scale
     lifted = lift(query, key)
     return lifted.query, lifted.key, 1.0 / (scale * lifted.factor)
+
+
+def is_one_number(scale: object) -> bool:
+    """Whether a scale is a number or a tensor of one, which may be learned."""
+    return not isinstance(scale, Tensor) or scale.numel() == 1
 
 
 def pairwise(a: Tensor, b: Tensor, similarity: Similarity) -> Tensor:  # (N, D), (N, D) -> (N,)
