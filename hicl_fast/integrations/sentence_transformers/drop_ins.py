@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,8 +21,7 @@ from hicl_fast.distributed.gathering import describe_rows
 from hicl_fast.integrations.gathering import Joined, join, refuse_unequal
 from hicl_fast.integrations.sentence_transformers.gist import Embeddings, GistOptions, gist_loss
 from hicl_fast.integrations.sentence_transformers.ranking import Batch, Rules, ranking_loss
-from hicl_fast.integrations.similarity import Similarity, is_one_number, loss_type
-from hicl_fast.ops.problem import sum_type
+from hicl_fast.integrations.similarity import Similarity, in_sum_type, is_one_number, loss_type
 
 try:
     from sentence_transformers.sentence_transformer import losses as original
@@ -86,7 +86,7 @@ def _rules(loss: Any) -> Rules | None:
         similarity = _SIMILARITIES.get(loss.similarity_fct)
         if similarity is not None and is_one_number(scale):
             return Rules(
-                scale.reshape(()) if isinstance(scale, Tensor) else float(scale),
+                scale if isinstance(scale, Tensor) else float(scale),
                 similarity,
                 tuple(getattr(loss, "directions", Rules.directions)),
                 getattr(loss, "partition_mode", Rules.partition_mode),
@@ -123,7 +123,7 @@ def _fused_ranking(loss: Any, embeddings: list[Tensor], parent: type[nn.Module])
     gather, first = _gathering(loss, joined, parent)
     queries, *documents = (gather(x) for x in embeddings)
     batch = Batch(queries, documents, first, len(embeddings[0]))
-    rules = rules.with_scale_in(sum_type(*embeddings))
+    rules = replace(rules, scale=in_sum_type(rules.scale, *embeddings))
     return _weighted(ranking_loss(batch, rules), joined).to(_type_of_ranking(loss, embeddings))
 
 

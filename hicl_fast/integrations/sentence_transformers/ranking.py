@@ -21,7 +21,7 @@ larger scale, and their log-sum-exp the gradient of the smaller.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -52,12 +52,6 @@ class Rules:
     def hardens_own(self) -> bool:
         """Whether a row's own hard negatives are weighted by hardness."""
         return self.hardness_mode in ("hard_negatives", "all_negatives") and self.hardness_strength > 0
-
-    def with_scale_in(self, dtype: torch.dtype) -> Rules:
-        """A scale that is a tensor in the type of the sums at least, so that nothing is rounded that the logits keep."""
-        if not isinstance(self.scale, Tensor):
-            return self
-        return replace(self, scale=self.scale.to(torch.promote_types(self.scale.dtype, dtype)))
 
     def hardened_scale(self) -> tuple[float | Tensor, float | Tensor]:
         """The larger scale, and the share of its gradient that embeddings get.
