@@ -80,8 +80,7 @@ def _rules(loss: Any) -> Rules | None:
     Releases before 5.3 have neither directions nor hardness.
     """
     scale = loss.scale
-    if (not isinstance(scale, Tensor) or (scale.device.type == "cpu" and scale.numel() == 1)) and not scale > 0:
-        raise ValueError(f"scale: expected a number above 0, got {float(scale)!r}")
+    _check_positive("scale", scale)
     with suppress(TypeError):  # a similarity function that can't be hashed is not one of these
         similarity = _SIMILARITIES.get(loss.similarity_fct)
         if similarity is not None and is_one_number(scale):
@@ -94,6 +93,16 @@ def _rules(loss: Any) -> Rules | None:
                 getattr(loss, "hardness_strength", Rules.hardness_strength),
             )
     return None
+
+
+def _check_positive(name: str, value: float | Tensor) -> None:
+    """As far as it is in host memory: a device isn't waited for."""
+    if isinstance(value, Tensor):
+        if value.device.type != "cpu" or value.numel() != 1:
+            return
+        value = value.item()
+    if not value > 0:
+        raise ValueError(f"{name}: expected a number above 0, got {value!r}")
 
 
 def _are_matrices(embeddings: list[Tensor]) -> bool:
