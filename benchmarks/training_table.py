@@ -51,6 +51,7 @@ class Uniformity:
     """The control, in the shape of the trainer's methods."""
 
     segmented: ClassVar[bool] = False
+    most_columns: ClassVar[int | None] = 2
     max_seq_length: ClassVar[int] = 32
 
     def __init__(self, args: Any, seed: int = 0) -> None:  # it draws nothing

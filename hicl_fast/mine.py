@@ -1,10 +1,16 @@
 """``python -m hicl_fast.mine``: the hard negatives of every query, out of a corpus of any size.
 
-Query and corpus are text files with one sentence a line, which ``--model_name_or_path`` embeds, or .npy files of
-embeddings, which are read from the disk as they are needed. Writes JSON Lines: for text the columns that
-sentence-transformers trains on, {"anchor", "positive", "negative_1", ...}; for .npy
-{"query", "positive", "negatives", "similarities"} with line numbers counted from 0. A query left with fewer than k
-negatives is left out.
+Query and corpus are files of sentences, one a line (or a column of a table, as :mod:`hicl_fast.text_files` reads them),
+which ``--model_name_or_path`` embeds, or .npy files of embeddings, which are read from the disk as they are needed.
+
+What is mined is never the query's own text or that of one of its positives, wherever in the corpus it stands again, and
+no text twice. A query that comes several times, with a positive each, has all of them. Texts are the same where they
+differ in white space, case or Unicode's forms alone; rows of a .npy where all their numbers are equal.
+
+Writes JSON Lines. Of sentences: {"anchor", "positive", "negative_1", ...}, which the trainer and sentence-transformers
+train on as they stand; without ``--positives`` a query is its own positive, as SimCSE has it, and with them a query of
+which none is known is left out. Of .npy: {"query", "positive", "negatives", "similarities"} with line numbers counted
+from 0, and null for no positive. A query left with fewer than k negatives is left out.
 """
 
 from __future__ import annotations
@@ -14,11 +20,14 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+from hicl_fast.text_files import read_lines, read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,8 +35,10 @@ if TYPE_CHECKING:
     from hicl_fast.trainer.encoder import SentenceEncoder
 
 QUERIES_AT_A_TIME = 1024
+ROWS_AT_A_TIME = 4096  # of a file of embeddings, to tell which are the same
 MOST = 128  # negatives that one search finds for a query
 NO_POSITIVE = -1
+_INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
 
 
 @dataclass(frozen=True)
@@ -54,38 +65,130 @@ def mine(
     k: int,
     *,
     positive: Tensor | None = None,  # (N,) int64, NO_POSITIVE where a query has none
+    query_text: Tensor | None = None,  # (N,) int64
+    corpus_text: Tensor | None = None,  # (M,) int64
     skip: int = 0,
     max_similarity: float | None = None,
     device: str | None = None,
     backend: str = "auto",
 ) -> Iterator[Mined]:
-    """The k negatives of each query after the first ``skip``, none above ``max_similarity``, nor its positive.
+    """The k negatives of each query after the first ``skip``, none above ``max_similarity``.
 
-    A query may have fewer than k: with ``max_similarity`` its 128 most similar rows are looked at, and no more.
+    Neither the query's own text nor that of any positive of the same query is a candidate, wherever it stands in the
+    corpus, and of equal texts in the corpus the first alone is. A query may have fewer than k: there are no more, or with
+    ``max_similarity`` none among its 128 most similar rows, which are all that is looked at.
+
+    Args:
+        query_text, corpus_text: numbers that are equal where texts are; default: where all of a row's numbers are.
     """
+    import torch
+
+    if query_text is None or corpus_text is None:
+        query_text, corpus_text = text_numbers(row_keys(query), row_keys(corpus))
+    if positive is None:
+        positive = torch.full((len(query),), NO_POSITIVE)
+    avoided = _avoided(query_text, corpus_text, positive)
+    own, text, its_positive = query_text.tolist(), corpus_text.tolist(), positive.tolist()
+    is_copy = _is_copy(corpus_text)
+    num_texts = len(text) - int(is_copy.sum())
+    wanted = MOST if max_similarity is not None else skip + k
+    corpus = corpus if device is None else corpus.to(device)
+    for first in range(0, len(query), QUERIES_AT_A_TIME):
+        block = query[first : first + QUERIES_AT_A_TIME].to(corpus.device)
+        most_avoided = max(len(avoided[number]) for number in own[first : first + len(block)])
+        num_found = min(wanted + most_avoided, MOST, num_texts)
+        similarity, index = _nearest(block, corpus, num_found, is_copy, backend)
+        _check_finite(block, similarity, first)
+        rows = zip(index.tolist(), similarity.tolist(), strict=True)
+        for at, (columns, values) in enumerate(rows, start=first):
+            avoid = avoided[own[at]]
+            candidates = [pair for pair in zip(columns, values, strict=True) if text[pair[0]] not in avoid]
+            if len(candidates) < wanted and num_found == MOST and max_similarity is None:
+                left_out = is_copy | torch.isin(corpus_text, torch.tensor(sorted(avoid)))
+                candidates = _alone(block[at - first], corpus, wanted, left_out, backend)
+            kept = [pair for pair in candidates[skip:] if max_similarity is None or pair[1] <= max_similarity][:k]
+            yield Mined(at, its_positive[at], [column for column, _ in kept], [value for _, value in kept])
+
+
+def _nearest(
+    query: Tensor,  # (N, D)
+    corpus: Tensor,  # (M, D)
+    k: int,
+    left_out: Tensor,  # (M,) bool
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # (N, k), (N, k) int64
+    """The most similar rows of the corpus, but for those left out."""
     import torch
 
     import hicl_fast.functional as HF
 
-    num_candidates = corpus.shape[0] - (positive is not None)
-    wanted = min(MOST if max_similarity is not None else skip + k, num_candidates)
-    corpus = corpus if device is None else corpus.to(device)
-    for first in range(0, query.shape[0], QUERIES_AT_A_TIME):
-        block = query[first : first + QUERIES_AT_A_TIME].to(corpus.device)
-        target = None if positive is None else positive[first : first + len(block)].to(corpus.device)
-        similarity, index = HF.hard_negatives(
-            block, corpus, wanted, target=target, exclude_target=target is not None, backend=backend
-        )
-        _check_finite(block, similarity, first)
-        own = torch.full((len(block),), NO_POSITIVE) if target is None else target.cpu()
-        rows = zip(own.tolist(), similarity.tolist(), index.tolist(), strict=True)
-        for at, (its_positive, values, columns) in enumerate(rows, start=first):
-            allowed = [
-                (column, value)
-                for column, value in zip(columns[skip:], values[skip:], strict=True)
-                if max_similarity is None or value <= max_similarity
-            ][:k]
-            yield Mined(at, its_positive, [column for column, _ in allowed], [value for _, value in allowed])
+    if not left_out.any():
+        return HF.hard_negatives(query, corpus, k, exclude_target=False, backend=backend)
+    group = (~left_out).to(torch.int64).to(corpus.device)  # 0 is the queries' own, whose keys are no candidates
+    return HF.hard_negatives(
+        query,
+        corpus,
+        k,
+        query_group=group.new_zeros(len(query)),
+        key_group=group,
+        exclude_target=False,
+        backend=backend,
+    )
+
+
+def _alone(
+    query: Tensor, corpus: Tensor, k: int, left_out: Tensor, backend: str
+) -> list[tuple[int, float]]:  # (D,), (M, D), (M,) bool
+    """The nearest rows of a query that has more to avoid than one search finds."""
+    k = min(k, int((~left_out).sum()))
+    if k == 0:
+        return []
+    similarity, index = _nearest(query[None], corpus, k, left_out, backend)
+    return list(zip(index[0].tolist(), similarity[0].tolist(), strict=True))
+
+
+def _avoided(query_text: Tensor, corpus_text: Tensor, positive: Tensor) -> dict[int, set[int]]:
+    """For each query's text: itself and the texts of all the positives that it has anywhere. (N,), (M,), (N,)"""
+    text = corpus_text.tolist()
+    avoided: dict[int, set[int]] = {}
+    for number, its_positive in zip(query_text.tolist(), positive.tolist(), strict=True):
+        texts = avoided.setdefault(number, {number})
+        if its_positive != NO_POSITIVE:
+            texts.add(text[its_positive])
+    return avoided
+
+
+def _is_copy(text: Tensor) -> Tensor:  # (M,) int64 -> (M,) bool
+    """Whether an earlier row has the same text."""
+    import numpy
+    import torch
+
+    is_copy = torch.ones(len(text), dtype=torch.bool)
+    is_copy[torch.from_numpy(numpy.unique(text.numpy(), return_index=True)[1])] = False
+    return is_copy
+
+
+def text_numbers(*columns: Iterable[Hashable]) -> list[Tensor]:
+    """For each column (n,) int64: numbers that are equal where two keys of any columns are."""
+    import torch
+
+    numbers: dict[Hashable, int] = {}
+    return [torch.tensor([numbers.setdefault(key, len(numbers)) for key in column]) for column in columns]
+
+
+def sentence_key(sentence: str) -> str:
+    """What a sentence has in common with those that differ in white space, case or Unicode's forms alone."""
+    folded = unicodedata.normalize("NFKC", sentence.translate(_INVISIBLE)).casefold()
+    return " ".join(unicodedata.normalize("NFKC", folded).split())
+
+
+def row_keys(rows: Tensor) -> Iterator[bytes]:  # (n, D)
+    """What a row has in common with those of the same numbers, in whatever type."""
+    from hashlib import blake2b
+
+    for first in range(0, len(rows), ROWS_AT_A_TIME):
+        numbers = rows[first : first + ROWS_AT_A_TIME].cpu().double() + 0.0  # -0 is 0
+        yield from (blake2b(row.tobytes(), digest_size=16).digest() for row in numbers.numpy())
 
 
 def _check_finite(query: Tensor, similarity: Tensor, first: int) -> None:
@@ -101,15 +204,25 @@ def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     try:
         _check_numbers(args)
-        written, left_out = _run(args)
+        counts = _run(args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"{args.output}: {written} queries with {args.k} negatives each", end="", file=sys.stderr)
-    print(f"; {left_out} had fewer and were left out" if left_out else "", file=sys.stderr)
+    said = [f"{args.output}: {counts.written} queries with {args.k} negatives each"]
+    said += [f"{counts.fewer} had fewer and were left out"] * bool(counts.fewer)
+    said += [f"{counts.without} without a positive were left out"] * bool(counts.without)
+    print("; ".join(said), file=sys.stderr)
 
 
-def _run(args: argparse.Namespace) -> tuple[int, int]:
-    """How many queries were written and left out."""
+@dataclass
+class Counts:
+    """What became of the queries."""
+
+    written: int = 0
+    fewer: int = 0  # than k negatives
+    without: int = 0  # a positive, where a row of sentences needs one
+
+
+def _run(args: argparse.Namespace) -> Counts:
     _check_files(args)
     from tqdm import tqdm
 
@@ -124,26 +237,39 @@ def _run(args: argparse.Namespace) -> tuple[int, int]:
     num_candidates = len(corpus.embeddings) - (positive is not None)
     if args.skip + args.k > num_candidates:
         raise ValueError(f"corpus: expected at least skip + k = {args.skip + args.k} candidates, got {num_candidates}")
+    query_text, corpus_text = _text_numbers(query, corpus)
     mined = mine(
         query.embeddings,
         corpus.embeddings,
         args.k,
         positive=positive,
+        query_text=query_text,
+        corpus_text=corpus_text,
         skip=args.skip,
         max_similarity=args.max_similarity,
         device=args.device,
         backend=args.backend,
     )
-    written = 0
+    counts = Counts()
     with _written_at_once(args.output) as file:
         for found in tqdm(mined, total=len(query.embeddings), unit=" queries", file=sys.stderr):
-            if len(found.negatives) == args.k:
-                file.write(json.dumps(_record(found, query, corpus, positive is not None), ensure_ascii=False) + "\n")
-                written += 1
-    return written, len(query.embeddings) - written
+            if query.sentences is not None and positive is not None and found.positive == NO_POSITIVE:
+                counts.without += 1
+            elif len(found.negatives) < args.k:
+                counts.fewer += 1
+            else:
+                file.write(json.dumps(_record(found, query, corpus), ensure_ascii=False) + "\n")
+                counts.written += 1
+    return counts
 
 
-def _record(found: Mined, query: Side, corpus: Side, has_positives: bool) -> dict[str, Any]:
+def _text_numbers(query: Side, corpus: Side) -> list[Tensor]:  # (N,), (M,) int64
+    if query.sentences is None or corpus.sentences is None:
+        return text_numbers(row_keys(query.embeddings), row_keys(corpus.embeddings))
+    return text_numbers(map(sentence_key, query.sentences), map(sentence_key, corpus.sentences))
+
+
+def _record(found: Mined, query: Side, corpus: Side) -> dict[str, Any]:
     has_positive = found.positive != NO_POSITIVE
     if query.sentences is None or corpus.sentences is None:
         return {
@@ -152,9 +278,9 @@ def _record(found: Mined, query: Side, corpus: Side, has_positives: bool) -> dic
             "negatives": found.negatives,
             "similarities": found.similarities,
         }
-    record: dict[str, Any] = {"anchor": query.sentences[found.query]}
-    if has_positives:
-        record["positive"] = corpus.sentences[found.positive] if has_positive else None
+    anchor = query.sentences[found.query]
+    # The columns' order is what trainers go by: whatever comes second is trained on as the positive.
+    record = {"anchor": anchor, "positive": corpus.sentences[found.positive] if has_positive else anchor}
     for number, column in enumerate(found.negatives, start=1):
         record[f"negative_{number}"] = corpus.sentences[column]
     return record
@@ -167,7 +293,7 @@ def _is_array(path: Path) -> bool:
 def _side(name: str, path: Path, encoder: SentenceEncoder | None) -> Side:
     if encoder is None:
         return Side(_read_array(name, path), None)
-    sentences = _read_lines(name, path)
+    sentences = _read_sentences(name, path)
     return Side(encoder.encode(sentences), sentences)
 
 
@@ -192,17 +318,15 @@ def _read_array(name: str, path: Path) -> Tensor:  # (n, D)
         return torch.from_numpy(array)
 
 
-def _read_lines(name: str, path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")  # and at no other separator
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: expected UTF-8 text, got byte 0x{error.object[error.start]:02x} in {path}") from None
-    if lines == [""]:
-        raise ValueError(f"{name}: expected one sentence a line, got an empty file, {path}")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            raise ValueError(f"{name}: expected one sentence a line, got an empty line, {path}:{number}")
-    return lines
+def _read_sentences(name: str, path: Path) -> list[str]:
+    sentences = []
+    for number, row in read_rows(path, max_columns=1):
+        if not row:
+            raise ValueError(f"{name}: expected a sentence in each row, got an empty one, {path}, line {number}")
+        sentences.append(row[0])
+    if not sentences:
+        raise ValueError(f"{name}: expected sentences, got an empty file, {path}")
+    return sentences
 
 
 def _positives(path: Path | None, num_queries: int, num_corpus: int) -> Tensor | None:  # (N,) int64
@@ -210,14 +334,15 @@ def _positives(path: Path | None, num_queries: int, num_corpus: int) -> Tensor |
         return None
     import torch
 
-    lines = path.read_text(encoding="utf-8").split()
+    lines = [line.strip() for _, line in read_lines(path)]
     if len(lines) != num_queries:
         raise ValueError(f"positives: expected {num_queries} lines, one for each query, got {len(lines)} in {path}")
     for number, line in enumerate(lines, start=1):
-        if line != "-" and not (line.isascii() and line.isdigit() and int(line) < num_corpus):
+        if line != "-" and not (line.isascii() and line.isdigit() and len(line) < 20 and int(line) < num_corpus):
+            shown = line if len(line) < 20 else f"{line[:20]}…"
             raise ValueError(
-                f'positives: expected a line number of the corpus, 0 to {num_corpus - 1}, or "-", '
-                f"got {line!r}, {path}:{number}"
+                f'positives: expected a line number of the corpus, 0 to {num_corpus - 1}, or "-", got {shown!r}, '
+                f"{path}, line {number}"
             )
     return torch.tensor([NO_POSITIVE if line == "-" else int(line) for line in lines])
 
@@ -279,7 +404,7 @@ def _written_at_once(path: Path) -> Iterator[TextIO]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hicl_fast.mine", description=__doc__)
     add = parser.add_argument
-    add("--query", required=True, type=Path, help="sentences, one a line, or a .npy file of embeddings")
+    add("--query", required=True, type=Path, help="sentences, one a line or in a table, or a .npy file of embeddings")
     add("--corpus", required=True, type=Path, help="where the negatives come from; of the same kind")
     add("--output", required=True, type=Path, help="the JSON Lines file to write")
     add("--positives", type=Path, help='for each query the line of its positive in the corpus, from 0, or "-"')
@@ -290,8 +415,8 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         help="leave out what is more similar than this; a query's best 128 are looked at",
     )
-    add("--model_name_or_path", help="a folder the trainer wrote, or any encoder transformers can load; for text")
-    add("--pooler_type", help="default: what the model's config records, otherwise avg")
+    add("--model_name_or_path", help="for text: a folder of sentence-transformers or of the trainer, or any encoder")
+    add("--pooler_type", help="default: what the folder's modules.json or config says, otherwise avg")
     add("--max_seq_length", type=int, help="tokens kept of a sentence; default: all the model takes")
     add("--batch_size", type=int, default=64, help="sentences embedded at a time")
     add("--device", help="where to embed and search; default: embed on a GPU where there is one, search on the CPU")

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from hicl_fast.kernels import hard_negatives as _hard_negatives
 from hicl_fast.kernels import paradigm as _paradigm
+from hicl_fast.kernels import products as _products
 from hicl_fast.kernels import rows as _rows
 from hicl_fast.kernels import segment_pool as _segment_pool
 from hicl_fast.kernels import similarity as _similarity
@@ -208,6 +209,24 @@ def similarity_slopes(
         **columns.for_rows(rows),
         **tile.options(),
     )
+
+
+def product(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
+    """``a @ b``, (R, K), (K, C) -> (R, C), float32 in every digit; added to ``onto`` in place if that is given.
+
+    Any strides, so that either may be a transposed view.
+    """
+    num_rows, num_cols, depth = a.shape[0], b.shape[1], a.shape[1]
+    out = torch.empty(num_rows, num_cols, dtype=torch.float32, device=a.device) if onto is None else onto
+    if out.numel():
+        tile = similarity_tile(architecture(a.device), "fp32")
+        options = {name: value for name, value in tile.options().items() if name != "BAND"}
+        grid = (triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_cols, tile.cols),)
+        _products.product_kernel[grid](
+            a, b, out, num_rows, num_cols, depth, *a.stride(), *b.stride(), *out.stride(),
+            ADDS=onto is not None, **options,
+        )  # fmt: skip
+    return out
 
 
 def _grid(num_rows: int, num_cols: int, tile: Tile) -> tuple[int]:

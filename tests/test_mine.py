@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,23 +80,197 @@ def test_max_similarity(tmp_path: Path, arrays: tuple[Path, Path], capsys: pytes
     assert "7 had fewer and were left out" in capsys.readouterr().err
 
 
-def test_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    query, corpus, positives = (tmp_path / name for name in ("query.txt", "corpus.txt", "positives.txt"))
-    query.write_text("aaa\nbbé\n", encoding="utf-8")
-    corpus.write_text("aab\nbbb\nabb\naaaa\n")
-    positives.write_text("3\n-\n")
+class Letters:
+    """How often each letter occurs."""
 
-    class Letters:
-        def encode(self, texts: list[str]) -> torch.Tensor:
-            return torch.tensor([[text.count("a"), text.count("b")] for text in texts], dtype=torch.float32)
+    def encode(self, texts: list[str]) -> torch.Tensor:
+        rows = [[text.casefold().count(letter) for letter in "abcdefghijklmnopqrstuvwxyz"] for text in texts]
+        return torch.tensor(rows, dtype=torch.float32)
 
-    monkeypatch.setattr(mine, "_encoder", lambda args: Letters())
-    options = ["--query", str(query), "--corpus", str(corpus), "--model_name_or_path", "letters", "--k", "2"]
-    assert run(tmp_path, *options, "--positives", str(positives)) == [
-        {"anchor": "aaa", "positive": "aaaa", "negative_1": "aab", "negative_2": "abb"},
-        {"anchor": "bbé", "positive": None, "negative_1": "bbb", "negative_2": "abb"},
+
+@pytest.fixture
+def sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+    """Mines with embeddings by letters."""
+
+    def run_on(query: list[str], corpus: list[str], positives: list[int] | None, *options: str) -> list[dict[str, Any]]:
+        monkeypatch.setattr(mine, "_encoder", lambda args: Letters())
+        for name, lines in (("query", query), ("corpus", corpus)):
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+        given = [str(tmp_path / "query.jsonl"), "--corpus", str(tmp_path / "corpus.jsonl"), "--model_name_or_path", "-"]
+        if positives is not None:
+            lines = ["-" if positive < 0 else str(positive) for positive in positives]
+            (tmp_path / "positives.txt").write_text("\n".join(lines))
+            given += ["--positives", str(tmp_path / "positives.txt")]
+        return run(tmp_path, "--query", *given, *options)
+
+    return run_on
+
+
+Sentences = Callable[..., list[dict[str, Any]]]
+
+
+def test_sentences(sentences: Sentences, capsys: pytest.CaptureFixture[str]) -> None:
+    query, corpus = ["aaa", "bbé"], ["aab", "bbb", "abb", "aaaa"]
+    assert sentences(query, corpus, [3, -1], "--k", "2") == [
+        {"anchor": "aaa", "positive": "aaaa", "negative_1": "aab", "negative_2": "abb"}
     ]
-    assert run(tmp_path, *options)[0] == {"anchor": "aaa", "negative_1": "aaaa", "negative_2": "aab"}
+    assert "1 queries with 2 negatives each; 1 without a positive were left out" in capsys.readouterr().err
+    assert sentences(query, corpus, None, "--k", "2")[0] == {  # as SimCSE has it: what comes second is the positive
+        "anchor": "aaa",
+        "positive": "aaa",
+        "negative_1": "aaaa",
+        "negative_2": "aab",
+    }
+
+
+def test_what_says_the_same_is_no_negative(sentences: Sentences, capsys: pytest.CaptureFixture[str]) -> None:
+    query = ["a café", "A  cafe\u0301", "a tree"]
+    corpus = [
+        "an old café",  # a positive,
+        "An old\u00a0café ",  # its copy
+        "the cafés",  # the same query's other positive
+        "a cafe\u0301",  # the query itself, in other bytes
+        "a \u200bcafé",
+        "a face",
+        "A FACE",
+        "facades",
+        "an old tree",
+    ]
+    records = sentences(query, corpus, [0, 2, 8], "--k", "2")
+    assert [list(record.values()) for record in records[:2]] == [
+        ["a café", "an old café", "a face", "facades"],
+        ["A  cafe\u0301", "the cafés", "a face", "facades"],
+    ]
+    assert "an old tree" not in list(records[2].values())[2:]
+    assert len(sentences(query, corpus, [0, 2, 8], "--k", "4")) == 1  # only the tree has so many
+    assert "1 queries with 4 negatives each; 2 had fewer and were left out" in capsys.readouterr().err
+
+
+def by_hand(query: list[str], corpus: list[str], positives: list[int], k: int, skip: int) -> list[list[str]]:
+    """Every cosine, looked through from the top."""
+    key = mine.sentence_key
+    unit = [torch.nn.functional.normalize(Letters().encode(texts).double()) for texts in (query, corpus)]
+    similarity = (unit[0] @ unit[1].T).round(decimals=9)
+    found = []
+    for row, text in zip(similarity, query, strict=True):
+        pairs = zip(query, positives, strict=True)
+        seen = {key(text)} | {key(corpus[positive]) for other, positive in pairs if key(other) == key(text)}
+        negatives = []
+        for column in row.argsort(descending=True, stable=True).tolist():
+            if key(corpus[column]) not in seen:
+                seen.add(key(corpus[column]))
+                negatives.append(corpus[column])
+        found.append(negatives[skip : skip + k])
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_against_a_search_by_hand(sentences: Sentences, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(mine, "QUERIES_AT_A_TIME", 7)
+    monkeypatch.setattr(mine, "MOST", 12)  # some queries have more to avoid than a search finds
+    generator = random.Random(seed)
+    words = ["".join(generator.choices("abcdefghijklmnop", k=generator.randint(3, 9))) for _ in range(25)]
+    forms: list[Callable[[str], str]] = [str, str.upper, str.title, lambda w: f" {w}\u00a0", lambda w: f"{w}\u200b"]
+
+    def draw(count: int, among: list[str]) -> list[str]:
+        return [generator.choice(forms)(generator.choice(among)) for _ in range(count)]
+
+    query, corpus = draw(40, words[:6]), draw(90, words)
+    positives = [generator.randrange(len(corpus)) for _ in query]
+    records = sentences(query, corpus, positives, "--k", "5", "--skip", "1")
+    expected = [row for row in by_hand(query, corpus, positives, 5, 1) if len(row) == 5]
+    assert len(records) > 20
+    key, encode = mine.sentence_key, Letters().encode
+    for record, row in zip(records, expected, strict=True):
+        anchor, _, *mined = record.values()
+        # The similarities are the same; equal ones may come in either order after rounding.
+        found, by_all = (torch.cosine_similarity(encode([anchor]), encode(texts)) for texts in (mined, row))
+        torch.testing.assert_close(found, by_all, rtol=0, atol=1e-6)
+        own = {key(corpus[p]) for q, p in zip(query, positives, strict=True) if key(q) == key(anchor)}
+        assert len({*map(key, mined)} - own - {key(anchor)}) == 5
+
+
+def test_more_positives_than_a_search_finds(sentences: Sentences, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mine, "MOST", 8)
+    corpus = [f"{'a' * length}b" for length in range(1, 31)]  # from "ab" on ever nearer to "a"
+    positives = list(range(10, 30))
+    records = sentences(["a"] * 20, corpus, positives, "--k", "3")
+    assert [record["positive"] for record in records] == corpus[10:]
+    assert all(list(record.values())[2:] == [corpus[9], corpus[8], corpus[7]] for record in records)
+    assert sentences(["a"] * 30, corpus, list(range(30)), "--k", "3") == []
+
+
+def test_equal_rows_of_embeddings(tmp_path: Path, arrays: tuple[Path, Path]) -> None:
+    """The query itself, copies of its positive, a repeated query's other positive and copies of a negative."""
+    query, corpus = (np.load(path) for path in arrays)
+    query[1] = query[0]
+    corpus[[10, 20]] = query[0]
+    corpus[[30, 40, 50]] = query[0] + 0.1 * corpus[[30, 31, 50]]
+    corpus[41] = corpus[40]
+    corpus[60] = corpus[61] = query[0] + 0.2 * corpus[60]
+    np.save(arrays[0], query.astype(np.float64))
+    np.save(arrays[1], corpus)
+    positives = tmp_path / "positives.txt"
+    positives.write_text("40\n50\n" + "-\n" * 5)
+    records = run(tmp_path, *files(arrays), "--positives", str(positives), "--k", "2")
+    assert records[0]["negatives"] == records[1]["negatives"]
+    assert records[0]["negatives"][:2] == [30, 60]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", "anchor,positive\na,b\n", "x.csv, line 1: expected one column, of sentences"),
+        ("x.csv", "a man eats\nb\n", "x.csv, line 1: expected a heading"),
+        ("x.txt", '{"text": "a"}\n', "x.txt, line 1: expected one sentence a line, but the file looks like JSON Lines"),
+        ("x.jsonl", '{"text": null}\n', "x.jsonl, line 1: expected text in 'text', got null"),
+        ("x.txt", "a\n\nb\n", "query: expected a sentence in each row, got an empty one, .*x.txt, line 2"),
+        ("x.csv", "text\n", "query: expected sentences, got an empty file"),
+    ],
+)
+def test_files_that_are_no_sentences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, message: str
+) -> None:
+    monkeypatch.setattr(mine, "_encoder", lambda args: Letters())
+    (tmp_path / name).write_text(content)
+    given = ["--query", str(tmp_path / name), "--corpus", str(tmp_path / name), "--model_name_or_path", "-"]
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        mine.main([*given, "--output", str(tmp_path / "out.jsonl")])
+
+
+def test_what_is_mined_is_trained_on(tmp_path: Path, sentences: Sentences) -> None:
+    from hicl_fast.trainer.cli import train
+
+    names = ["kala", "morem", "tesist", "vinour", "dary", "lopa", "senem", "moria"]
+    records = sentences(names, names, [(i + 1) % 8 for i in range(8)], "--k", "3")
+    assert [list(record) for record in records] == [
+        ["anchor", "positive", "negative_1", "negative_2", "negative_3"]
+    ] * 8
+    options = {
+        "max_steps": 1,
+        "logging_steps": 1,
+        "check_every": 1,
+        "save_strategy": "no",
+        "per_device_train_batch_size": 8,
+    }
+    given = {
+        "model_name_or_path": "scratch:small",
+        "train_file": tmp_path / "out.jsonl",
+        "output_dir": tmp_path / "run",
+        "use_cpu": True,
+        **options,
+    }
+    train([argument for name, value in given.items() for argument in (f"--{name}", str(value))])
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["log_history"][0]["loss"] == pytest.approx(np.log(8 + 3 * 8), rel=0.2)  # as many columns, all alike
+
+
+def test_what_is_mined_has_their_columns_in_order(tmp_path: Path, sentences: Sentences) -> None:
+    datasets = pytest.importorskip("datasets")
+    sentences(["aaa", "bb"], ["aab", "bbb", "abb", "aaaa"], [3, 1], "--k", "2")
+    table = datasets.load_dataset("json", data_files=str(tmp_path / "out.jsonl"), cache_dir=str(tmp_path / "cache"))
+    assert table["train"].column_names == ["anchor", "positive", "negative_1", "negative_2"]
+    assert table["train"][0]["positive"] == "aaaa"
 
 
 def test_a_failure_leaves_the_old_output(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ from tqdm import tqdm
 
 from hicl_fast.backend import chunked_paradigm as engine
 from hicl_fast.reference import normalise
+from hicl_fast.text_files import check_file, read_rows
+
+LONGEST = 64  # tokens of a sentence
 
 
 def load_views(paths: list[str]) -> tuple[Tensor, Tensor]:
@@ -29,24 +33,30 @@ def load_views(paths: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def views_of_model(name_or_path: str, text_file: str, count: int, batch_size: int = 64) -> tuple[Tensor, Tensor]:
-    """Each of the first ``count`` lines under two dropout masks: SimCSE's positives. (count, D) twice."""
-    from hicl_fast.trainer.model import load_encoder, load_tokenizer
+    """Each of the first ``count`` sentences under two dropout masks: SimCSE's positives. (count, D) twice.
+
+    Raises:
+        FileNotFoundError, ValueError: the text or the model is not as expected.
+    """
+    from hicl_fast.trainer.model import load_encoder, load_tokenizer, max_tokens
+    from hicl_fast.trainer.slicing import slice_documents
     from hicl_fast.trainer.token_pooling import embed
 
-    lines = [line.strip() for line in Path(text_file).read_text(encoding="utf-8").splitlines() if line.strip()][:count]
+    path = Path(text_file)
+    check_file("text", path)
+    lines = list(islice((row[0] for _, row in read_rows(path, max_columns=1) if row), count))
     if len(lines) < 2:
         raise ValueError(f"text: expected at least two lines in {text_file}, got {len(lines)}")
     encoder, pooler_type = load_encoder(name_or_path)
     tokenizer = load_tokenizer(name_or_path)
+    longest = min(LONGEST, max_tokens(encoder, tokenizer))
     encoder.train()
     views: tuple[list[Tensor], list[Tensor]] = ([], [])
     with torch.no_grad():
         for begin in tqdm(range(0, len(lines), batch_size), desc="embedding", file=sys.stderr):
-            batch = tokenizer(
-                lines[begin : begin + batch_size], padding=True, truncation=True, max_length=64, return_tensors="pt"
-            )
+            batch = slice_documents(tokenizer, lines[begin : begin + batch_size], longest, 1)
             for view in views:
-                view.append(embed(encoder, batch["input_ids"], batch["attention_mask"], pooler_type).float())
+                view.append(embed(encoder, batch.input_ids, batch.attention_mask, pooler_type).float())
     return torch.cat(views[0]), torch.cat(views[1])
 
 

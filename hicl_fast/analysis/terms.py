@@ -76,7 +76,7 @@ def gradient_terms(
     settings = HF.paradigm_settings(
         objective, modified, margin, temperature, strength, dissipation=dissipation, weight=weight, ratio=ratio
     )
-    HF.check_views(u, v)
+    HF.check_views(u, v, fewest=2)
     with torch.no_grad(), without_autocast(u.device.type):
         views = engine.views(u, v, sum_type(u, v))
         if objective in MODIFIABLE:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hicl_fast.backend.precision import brought_to, with_exact_products
 from hicl_fast.ops.problem import ANGLE_CLAMP, Gradients, Problem, RowStatistics, Wanted
 from hicl_fast.ops.unit_rows import UnitRows
 
@@ -35,6 +36,18 @@ class _Chunk:
 
 
 def forward(problem: Problem, row_weight: float, wanted: Wanted) -> tuple[RowStatistics, Gradients]:
+    statistics, gradients = _forward(with_exact_products(problem), row_weight, wanted)
+    return brought_to(problem.dtype, statistics), brought_to(problem.dtype, gradients)
+
+
+def backward(
+    problem: Problem, negative_lse: Tensor, column_lse: Tensor, loss_grad: Tensor, wanted: Wanted
+) -> Gradients:
+    gradients = _backward(with_exact_products(problem), negative_lse, column_lse, loss_grad, wanted)
+    return brought_to(problem.dtype, gradients)
+
+
+def _forward(problem: Problem, row_weight: float, wanted: Wanted) -> tuple[RowStatistics, Gradients]:
     sweep = _Sweep(problem, wanted)
     loss, negative_lse, positive, hardest = (sweep.unit_query.inverse_norm.new_empty(sweep.num_rows) for _ in range(4))
     column_lse = loss.new_full((problem.key.shape[0] if problem.symmetric else 0,), -torch.inf)
@@ -57,11 +70,11 @@ def forward(problem: Problem, row_weight: float, wanted: Wanted) -> tuple[RowSta
         column_loss = _log1p_exp(column_lse - sweep.margin(positive)[0] * sweep.scale)
         statistics = statistics._replace(loss=(loss + column_loss) / 2)
         if any(wanted):
-            return statistics, backward(problem, negative_lse, column_lse, torch.full_like(loss, row_weight), wanted)
+            return statistics, _backward(problem, negative_lse, column_lse, torch.full_like(loss, row_weight), wanted)
     return statistics, sweep.gradients()
 
 
-def backward(
+def _backward(
     problem: Problem, negative_lse: Tensor, column_lse: Tensor, loss_grad: Tensor, wanted: Wanted
 ) -> Gradients:
     sweep = _Sweep(problem, wanted)

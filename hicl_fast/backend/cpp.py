@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
-
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from hicl_fast.backend import cpp_hard_negatives as hard_negatives
 from hicl_fast.backend import cpp_info_nce as info_nce
 from hicl_fast.backend import cpp_mixed_negatives as mixed_negatives
 from hicl_fast.backend import cpp_paradigm as paradigm
 from hicl_fast.backend import cpp_segment_pool as segment_pool
+from hicl_fast.backend import extension
 from hicl_fast.backend.registry import BackendStatus, Call
 
 __all__ = ["hard_negatives", "info_nce", "mixed_negatives", "paradigm", "refusal", "segment_pool", "status"]
 
 
 def status() -> BackendStatus:
-    try:
-        importlib.import_module("hicl_fast._C")  # registers torch.ops.hicl_fast_cpp
-    except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError)
-        what = "the C++ extension was not built" if missing else f"the C++ extension doesn't load: {error}"
-        return BackendStatus("cpp", False, f"{what}; install a C++ compiler and reinstall hicl_fast", "")
-    return BackendStatus("cpp", True, "", f"row kernels for {torch.ops.hicl_fast_cpp.capability()}")
+    if extension.FAILURE:
+        return BackendStatus("cpp", False, f"{extension.FAILURE}; install a C++ compiler and reinstall hicl_fast", "")
+    with _disable_current_modes():  # a trace that is being taken is of the user's program, not of this question
+        return BackendStatus("cpp", True, "", f"row kernels for {torch.ops.hicl_fast_cpp.capability()}")
 
 
 def refusal(call: Call) -> str:

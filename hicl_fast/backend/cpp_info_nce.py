@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from hicl_fast.backend.precision import brought_to, with_exact_products
 from hicl_fast.ops.problem import Gradients, Mixing, Problem, RowStatistics, Wanted
 
 MIXES_WHILE_SWEEPING = True  # `forward` takes a Mixing
@@ -31,6 +31,7 @@ def backward(
 def _run(
     problem: Problem, row_weight: float, loss_grad: Tensor | None, wanted: Wanted, mixing: Mixing | None = None
 ) -> tuple[RowStatistics, Gradients]:
+    sum_type, problem = problem.dtype, with_exact_products(problem)
     dtype = problem.dtype
 
     def ready(x: Tensor | None) -> Tensor | None:
@@ -42,7 +43,7 @@ def _run(
         return None if x is None else x.contiguous()
 
     # Below autograd: its fallback for operators that have no gradient costs as much as the rest of a small call.
-    with _precision(problem), torch._C._AutoDispatchBelowAutograd():
+    with torch._C._AutoDispatchBelowAutograd():
         loss, negative_lse, column_lse, positive, hardest, total, *gradients, hard_negatives = _operator()(
             ready(problem.query),
             ready(problem.key),
@@ -63,36 +64,10 @@ def _run(
             sum(1 << bit for bit, is_wanted in enumerate(wanted) if is_wanted),
         )
     statistics = RowStatistics(loss, negative_lse, column_lse, positive, hardest, hard_negatives, total)
-    return statistics, Gradients(*gradients)
+    found = Gradients(*gradients)
+    return (statistics, found) if dtype == sum_type else (brought_to(sum_type, statistics), brought_to(sum_type, found))
 
 
 @functools.cache
 def _operator() -> Callable[..., tuple[Tensor, ...]]:
     return torch.ops.hicl_fast_cpp.info_nce.default
-
-
-def _precision(problem: Problem) -> contextlib.AbstractContextManager[None]:
-    """How oneDNN may multiply float32 matrices during the call; nothing is touched where the default will do."""
-    asked = problem.precision
-    if asked == "default":
-        inputs = (problem.query, problem.key)
-        if not (all(x.dtype == torch.bfloat16 for x in inputs) and _has_bf16_products()):
-            return contextlib.nullcontext()
-        asked = "bf16"
-    return _fp32_products({"bf16": "bf16", "float32": "ieee"}[asked])
-
-
-@contextlib.contextmanager
-def _fp32_products(precision: str) -> Iterator[None]:
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = precision
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
-
-
-@functools.cache
-def _has_bf16_products() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

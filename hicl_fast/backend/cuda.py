@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 
 from hicl_fast.backend import cuda_hard_negatives as hard_negatives
 from hicl_fast.backend import cuda_info_nce as info_nce
 from hicl_fast.backend import cuda_mixed_negatives as mixed_negatives
 from hicl_fast.backend import cuda_segment_pool as segment_pool
+from hicl_fast.backend import extension
 from hicl_fast.backend.registry import BackendStatus, Call
 
 __all__ = ["hard_negatives", "info_nce", "mixed_negatives", "refusal", "segment_pool", "status"]
@@ -24,11 +23,8 @@ def status() -> BackendStatus:
         return BackendStatus("cuda", True, "", "emulated on the CPU")
     if not torch.version.cuda:
         return _missing("this PyTorch is built without CUDA")
-    try:
-        importlib.import_module("hicl_fast._C")  # registers torch.ops.hicl_fast_cuda
-    except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError)
-        return _missing("the C++ extension was not built" if missing else f"the C++ extension doesn't load: {error}")
+    if extension.FAILURE:
+        return _missing(extension.FAILURE)
     if not hasattr(torch.ops.hicl_fast_cuda, "segment_pool"):
         return _missing("the C++ extension was built without its CUDA kernels")
     if not torch.cuda.is_available():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hicl_fast.backend.triton_device import on_device
-from hicl_fast.backend.triton_operands import Operands, products_in
+from hicl_fast.backend.triton_operands import Operands
 from hicl_fast.backend.triton_products import InputGradients
 from hicl_fast.kernels import launch
 from hicl_fast.kernels.tiles import Tile
@@ -58,8 +58,7 @@ def backward(
 def _running(problem: Problem, wanted: Wanted) -> Iterator[_Sweeps]:
     with on_device(problem.query):
         operands = Operands(problem, for_query_gradient=wanted.query)
-        with products_in(operands.precision):
-            yield _Sweeps(operands, wanted)
+        yield _Sweeps(operands, wanted)
 
 
 @dataclass

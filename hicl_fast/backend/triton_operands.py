@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from hicl_fast.backend.precision import float32_products
 from hicl_fast.backend.row_kernels import row_kernels
 from hicl_fast.kernels import launch
 from hicl_fast.kernels.launch import Columns, Rows
@@ -112,29 +111,12 @@ def operand_type(problem: Problem) -> tuple[torch.dtype, str]:
         dtype = torch.bfloat16
     if dtype == torch.bfloat16 and launch.INTERPRETING and not INTERPRETER_KNOWS_BF16:
         dtype = torch.float32
-    return dtype, float32_precision(problem.query) if dtype == torch.float32 else "ieee"
+    return dtype, tensor_precision(problem.query) if dtype == torch.float32 else "ieee"
 
 
-def float32_precision(x: Tensor) -> str:
-    """How products of float32 are rounded on x's device, as PyTorch's settings have it: "ieee" or "tf32"."""
-    # AMD's matrix units have no tf32 beyond one generation.
-    has_tf32 = x.is_cuda and not torch.version.hip
-    return "tf32" if has_tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-@contextlib.contextmanager
-def products_in(precision: str) -> Iterator[None]:
-    """cuBLAS's float32 products rounded as the kernels': "ieee" or "tf32"."""
-    settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
-    if before == precision or (before == "none" and precision == "ieee"):
-        yield
-        return
-    settings.fp32_precision = precision
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+def tensor_precision(x: Tensor) -> str:
+    """How the kernels multiply float32 on x's device, following PyTorch's settings: "ieee" or "tf32"."""
+    return "tf32" if float32_products(x.device.type) == "tf32" and x.is_cuda else "ieee"
 
 
 def _with_margin(positive: Tensor, margin: float) -> tuple[Tensor, Tensor | float]:

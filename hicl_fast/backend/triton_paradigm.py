@@ -17,7 +17,7 @@ from torch import Tensor
 from hicl_fast.backend import chunked_paradigm
 from hicl_fast.backend.chunked_paradigm import combine_by, views  # combine_by: a user's function is Python
 from hicl_fast.backend.triton_device import on_device
-from hicl_fast.backend.triton_operands import float32_precision, products_in
+from hicl_fast.backend.triton_operands import tensor_precision
 from hicl_fast.kernels import launch
 from hicl_fast.kernels.tiles import Tile
 from hicl_fast.ops.paradigm_engine import Combination, Statistics, Term
@@ -111,8 +111,8 @@ def _first_largest(value: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:  # (T
 
 @contextlib.contextmanager
 def _running(x: Tensor, y: Tensor, *, narrow: bool) -> Iterator[_Sweep]:
-    precision = float32_precision(x)
-    with on_device(x), products_in(precision):
+    precision = tensor_precision(x)
+    with on_device(x):
         ones = x.new_ones(len(x))
         tile = launch.tile_for(x, precision, narrow=narrow)
         yield _Sweep(launch.Rows(x, ones), launch.Rows(y, ones), tile, precision)

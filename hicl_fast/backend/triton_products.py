@@ -5,13 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hicl_fast.backend.precision import float32_products
 from hicl_fast.backend.triton_operands import Operands
+from hicl_fast.kernels import launch
 from hicl_fast.kernels.launch import Partners
 from hicl_fast.ops.problem import NORM_FLOOR, Wanted
 
 
-def matmul(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
-    """``a @ b`` in float32, added to ``onto`` in place if that is given."""
+def matmul(a: Tensor, b: Tensor, precision: str, onto: Tensor | None = None) -> Tensor:
+    """``a @ b`` in float32, added to ``onto`` in place if that is given.
+
+    ``precision`` of float32 operands: "ieee", or "tf32" where PyTorch's own products are.
+    """
+    if a.dtype == torch.float32 and precision == "ieee" != float32_products(a.device.type):
+        return launch.product(a, b, onto)  # the library's would be rounded, by a setting that isn't ours to change
     if not a.is_cpu and a.dtype != torch.float32:
         if onto is None:
             return torch.mm(a, b, out_dtype=torch.float32)
@@ -43,14 +50,16 @@ class InputGradients:
             product = None
             for slope, unit in zip(slopes, operands.units, strict=True):
                 if unit is not None and unit.shape[0]:
-                    product = matmul(slope, unit, onto=product)
+                    product = matmul(slope, unit, operands.precision, onto=product)
             assert product is not None  # there is at least one key
             partners = Partners(operands.columns[0].vectors, coefficient, operands.target[rows])
             by_row = operands.row_kernels.gradient
             by_row(product, row_factor, operands.query[rows], partners, NORM_FLOOR, self.query[rows])
         for i, slope in enumerate(slopes):
             if self._column_is_wanted[i]:
-                self._column_products[i] = matmul(slope.T, scaled_query, onto=self._column_products[i])
+                self._column_products[i] = matmul(
+                    slope.T, scaled_query, operands.precision, onto=self._column_products[i]
+                )
 
     def columns(self, factor: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of key (M, D) and negatives (P, D); ``factor`` (1,) undoes the scaled query's, coefficient (N,)."""

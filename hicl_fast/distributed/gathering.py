@@ -65,7 +65,16 @@ def share_rows(rows: Tensor, shares: Shares, ranks: Ranks) -> Tensor:
     Each rank then has all of the gradient of its own rows: it takes that, times the number of ranks, and nothing is
     exchanged backward.
     """
-    return rows if ranks.size == 1 else _ShareRows.apply(rows, shares, ranks)
+    return rows if ranks.size == 1 else _OwnRows.apply(rows, shares, ranks, ranks.size)
+
+
+@torch.compiler.disable
+def own_rows_among_all(rows: Tensor, shares: Shares, ranks: Ranks) -> Tensor:
+    """:func:`gather_rows`, but the other ranks' rows are constants: a rank has the gradient of its own rows in its own loss.
+
+    Nothing is exchanged backward.
+    """
+    return rows if ranks.size == 1 else _OwnRows.apply(rows, shares, ranks, 1)
 
 
 @torch.compiler.disable
@@ -86,16 +95,16 @@ class _GatherRows(torch.autograd.Function):
         return _reduce_scatter(gradient, ctx.shares, ctx.ranks).to(ctx.dtype), None, None
 
 
-class _ShareRows(torch.autograd.Function):
+class _OwnRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, shares: Shares, ranks: Ranks) -> Tensor:
-        ctx.own, ctx.size = shares.slices[ranks.rank], ranks.size
+    def forward(ctx: Any, rows: Tensor, shares: Shares, ranks: Ranks, weight: int) -> Tensor:
+        ctx.own, ctx.weight = shares.slices[ranks.rank], weight
         return _all_gather(rows, shares, ranks)
 
     @staticmethod
     @once_differentiable("distributed.share_rows")
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient[ctx.own] * ctx.size, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradient[ctx.own] * ctx.weight, None, None, None
 
 
 def _all_gather(own: Tensor, shares: Shares, ranks: Ranks) -> Tensor:

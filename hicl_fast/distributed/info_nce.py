@@ -14,6 +14,7 @@ from hicl_fast.distributed.agreement import Shares
 from hicl_fast.distributed.gathering import gather_labels, gather_rows
 from hicl_fast.distributed.ranks import Gather, Ranks
 from hicl_fast.distributed.ring import foreign_log_sum_exp
+from hicl_fast.ops.problem import host_number
 from hicl_fast.reference.info_nce import Reduction
 
 # From the keys of all ranks, their groups and the place of the first own one among them: the keys to score, and further
@@ -34,6 +35,7 @@ class JoinedLoss(NamedTuple):
     positive: Tensor  # (N,) similarity of each own row's positive
     hardest: Tensor  # (N,) of its hardest negative; −inf where there is none
     keys: Tensor | None = None  # (M₀ + M₁ + …, D), where they were gathered
+    key_group: Tensor | None = None  # (M₀ + M₁ + …,) int64, likewise
     hard_negatives: Tensor | None = None  # (N, k) int64, the keys that were mixed
 
 
@@ -81,15 +83,24 @@ def joined_info_nce(
 
 def joined_means(loss: JoinedLoss, shares: Shares, ranks: Ranks) -> dict[str, Tensor]:
     """What a loss logs, of the rows of all ranks: the same on every rank. One all-reduce of four numbers."""
-    has_negative = loss.hardest > -torch.inf
-    hardest = loss.hardest.masked_fill(~has_negative, 0.0)
-    sums = torch.stack([x.detach().sum() for x in (loss.loss, loss.positive, hardest, has_negative.to(hardest.dtype))])
+    sums = torch.stack([x.detach().sum() for x in (loss.loss, loss.positive, *of_rows_with_negatives(loss.hardest))])
     dist.all_reduce(sums, group=ranks.process_group)
     return {
         "loss": sums[0] / (shares.total if loss.loss.dim() else ranks.size),
         "positive_similarity": sums[1] / shares.total,
-        "hardest_negative_similarity": sums[2] / sums[3],
+        "hardest_negative_similarity": mean_or_none(sums[2], sums[3]),
     }
+
+
+def of_rows_with_negatives(hardest: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's hardest negative (N,), 0 where it has none, and 1 where it has one."""
+    has_negative = hardest != -torch.inf  # NaN is one
+    return hardest.masked_fill(~has_negative, 0.0), has_negative.to(hardest.dtype)
+
+
+def mean_or_none(total: Tensor, count: Tensor) -> Tensor:
+    """Their quotient; −inf, as the largest of no similarities, where there is nothing to take the mean of."""
+    return torch.where(count > 0, total / count, -torch.inf)
 
 
 def _weight(shares: Shares, ranks: Ranks, reduction: Reduction) -> float:
@@ -132,7 +143,7 @@ def _with_gathered(
         key_group=columns_group,
         **options,
     )
-    return JoinedLoss(loss, positive, hardest, keys, hard_negatives)
+    return JoinedLoss(loss, positive, hardest, keys, key_group, hard_negatives)
 
 
 def _with_ring(
@@ -202,4 +213,4 @@ def scale_of(temperature: float | Tensor) -> Tensor:
     """1/τ as a 0-d tensor, of a number in host memory."""
     if isinstance(temperature, Tensor):
         return temperature.to(torch.promote_types(temperature.dtype, torch.float32)).reciprocal()
-    return torch.tensor(1.0 / temperature, dtype=torch.float64)
+    return host_number(1.0 / temperature)

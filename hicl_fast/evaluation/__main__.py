@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hicl_fast.evaluation.scoring import average, evaluate, table
 from hicl_fast.evaluation.senteval import DEVELOPMENT_TASK, TASKS
-from hicl_fast.trainer.encoder import SentenceEncoder
+from hicl_fast.trainer.encoder import MODEL_HELP, POOLER_HELP, SentenceEncoder
 from hicl_fast.trainer.token_pooling import POOLERS
 
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hicl_fast.evaluation", description=__doc__)
     add = parser.add_argument
-    add("--model_name_or_path", required=True, help="a folder the trainer wrote, or any encoder transformers can load")
+    add("--model_name_or_path", required=True, help=MODEL_HELP)
     add(
         "--data_dir",
         required=True,
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     names = [*TASKS, DEVELOPMENT_TASK]
     add("--tasks", nargs="+", choices=names, default=list(TASKS), metavar="TASK", help=f"out of: {', '.join(names)}")
-    add("--pooler_type", choices=sorted(POOLERS), help="default: what the model's config records, otherwise avg")
+    add("--pooler_type", choices=sorted(POOLERS), help=POOLER_HELP)
     add("--max_seq_length", type=int, help="tokens kept of a text, special ones included; default: all the model takes")
     add("--segment_length", type=int, help="embed segments of this many tokens and pool them, as HiCL does in training")
     add("--batch_size", type=int, default=64)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from hicl_fast.text_files import read_lines
+
 TASKS = ("STS12", "STS13", "STS14", "STS15", "STS16", "STS-B", "SICK-R")
 DEVELOPMENT_TASK = "STS-B dev"
 
@@ -91,13 +93,7 @@ def _table_pairs(path: Path, wanted: tuple[int, int, int], heading: int) -> Iter
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines end at newlines only: some sentences hold other characters that ``str.splitlines`` breaks at."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: expected UTF-8 text, got {error.reason}") from None
-    return text.removesuffix("\n").split("\n") if text else []
+    return [line for _, line in read_lines(path)]
 
 
 def _columns(line: str, at_least: int, path: Path, number: int) -> list[str]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from hicl_fast import _checks as check
+from hicl_fast.ops.problem import host_number
 
 MOST_NEGATIVES = 128  # of a row, that are looked for
 
@@ -93,10 +92,4 @@ def scale(temperature: float | Tensor, query: Tensor) -> Tensor:
             )
         return temperature.to(torch.promote_types(temperature.dtype, torch.float32)).reciprocal()
     check.positive_number("temperature", temperature)
-    return _constant(1.0 / temperature)
-
-
-@functools.lru_cache(maxsize=64)
-def _constant(value: float) -> Tensor:
-    """Kept, since making a tensor of a number takes longer than everything else that is checked here."""
-    return torch.tensor(value, dtype=torch.float64)
+    return host_number(1.0 / temperature)

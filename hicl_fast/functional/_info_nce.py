@@ -27,6 +27,7 @@ def info_nce(
     mixing: Mixing | None = None,
     query_group: Tensor | None = None,  # (N,) int64
     key_group: Tensor | None = None,  # (M,) int64
+    bank_group: Tensor | None = None,  # (B,) int64
     same_group: SameGroup = "exclude",
     margin: float = 0.0,
     symmetric: bool = False,
@@ -44,6 +45,9 @@ def info_nce(
     are kept in float32 (float64 where an input is float64); gradients have their input's type. A zero row has
     similarity 0 to everything and gets gradient 0.
 
+    Second derivatives (``create_graph=True``), forward mode and ``torch.func`` are right, and take the time and memory of
+    plain PyTorch: they build the N×M matrix.
+
     Args:
         query: (N, D) rows to classify; need not be normalised.
         key: (M, D) candidates; need not be normalised.
@@ -58,15 +62,20 @@ def info_nce(
             (``cpp``; with ``reduction="none"`` none has). Not with ``symmetric``.
         query_group: (N,) int64 group of each query, given together with ``key_group``.
         key_group: (M,) int64 group of each key.
-        same_group: what keys of the row's own group are: left out of its denominator (``"exclude"``), ordinary
+        bank_group: (B,) int64 group of each bank row, where ``query_group`` is given; default: nobody's. The bank is then
+            scored as further keys are, at the price of a copy of it and of gradients that nobody takes.
+        same_group: what keys and bank rows of the row's own group are: left out of its denominator (``"exclude"``), ordinary
             negatives (``"negative"``), or positives beside the target (``"positive"``:
             ``lse_i`` minus the mean logit of all positives).
         margin: ArcCon's angle u ≥ 0 in radians: the target's logit becomes cos(θ + u)/τ.
         symmetric: the mean of this loss and the same loss with query and key exchanged; needs N = M and no target.
         reduction: ``"mean"`` over rows, ``"sum"`` or ``"none"``.
-        precision: of the matrix products. ``None`` follows the input type and
-            ``torch.set_float32_matmul_precision``; ``"float32"``; ``"bf16"`` rounds the operands to bfloat16 and
-            accumulates in float32 where the processor has such products.
+        precision: of the matrix products; sums are float32 whatever it is, and no setting of PyTorch's is touched.
+            ``None``: as PyTorch multiplies on the device, by the inputs' type on a GPU, in float32 on a CPU, both as
+            ``torch.set_float32_matmul_precision`` and ``torch.backends.*.fp32_precision`` have it. ``"float32"``: every
+            digit of float32 whatever those settings allow; where they allow less, a CPU computes in float64, at half the
+            speed. ``"bf16"``: a GPU rounds float32 operands to bfloat16; a CPU multiplies as with ``None``, since there
+            are no bfloat16 products for it here yet.
         backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
@@ -88,6 +97,7 @@ def info_nce(
         mixing=mixing,
         query_group=query_group,
         key_group=key_group,
+        bank_group=bank_group,
         same_group=same_group,
         margin=margin,
         symmetric=symmetric,
@@ -110,6 +120,7 @@ def info_nce_with_statistics(
     mixing: Mixing | None = None,
     query_group: Tensor | None = None,
     key_group: Tensor | None = None,
+    bank_group: Tensor | None = None,
     same_group: SameGroup = "exclude",
     margin: float = 0.0,
     symmetric: bool = False,
@@ -125,6 +136,8 @@ def info_nce_with_statistics(
     """
     check_matrices(query, key, negatives, bank)
     check_rows(query, key, target, extra_logits, query_group, key_group)
+    if bank_group is not None:
+        _check_bank_group(bank_group, query, bank, query_group)
     check.one_of("same_group", same_group, ("exclude", "negative", "positive"))
     check.one_of("reduction", reduction, ("mean", "sum", "none"))
     check.one_of("precision", precision, (None, "float32", "bf16"))  # type: ignore[arg-type]
@@ -157,7 +170,14 @@ def info_nce_with_statistics(
         symmetric=symmetric,
         precision=precision or "default",
     )
-    return op.apply(problem, reduction, backend, mixing)
+    return op.apply(problem, reduction, backend, mixing, bank_group)
+
+
+def _check_bank_group(bank_group: Tensor, query: Tensor, bank: Tensor | None, query_group: Tensor | None) -> None:
+    if bank is None or query_group is None:
+        missing = "a bank" if bank is None else "groups of queries and keys"
+        raise ValueError(f"bank_group: expected None without {missing}, got {check.describe(bank_group)}")
+    check.index_vector("bank_group", bank_group, bank.shape[0], "a group for each bank row", query)
 
 
 def _check_mixing(mixing: Mixing, query: Tensor, key: Tensor, target: Tensor | None, symmetric: bool) -> None:

@@ -48,7 +48,7 @@ def paradigm(
     (float64). A zero row has similarity 0 to everything and gets gradient 0.
 
     Args:
-        u: (N, D) one view, N ≥ 2; need not be normalised.
+        u: (N, D) one view; need not be normalised. A single row has no negatives: see docs/paradigm.md.
         v: (N, D) the other; row i is u_i's positive, all others its negatives.
         objective: ``"info_nce"``, ``"arccon"``, ``"mpt"``, ``"met"``, ``"mat"``; ``"custom"``: the equation with
             ``dissipation``, ``weight`` and ``ratio``, in both directions, each with the other view constant; or a loss
@@ -116,7 +116,7 @@ def paradigm_with_statistics(
     return op.apply(u, v, settings, backend)
 
 
-def check_views(u: Tensor, v: Tensor, fewest: int = 2) -> None:
+def check_views(u: Tensor, v: Tensor, fewest: int = 1) -> None:
     """Two views of a batch of at least so many rows."""
     check.floating_matrix("u", u, "(N, D)")
     check.floating_matrix("v", v, "(N, D)", like=u)

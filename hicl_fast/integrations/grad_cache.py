@@ -8,11 +8,14 @@ stand among the keys, and joining all processes' rows. No package is needed.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hicl_fast import _checks as check
 from hicl_fast import functional as HF
+from hicl_fast.backend import registry
+from hicl_fast.distributed import Ranks, attempt, ranks_of
+from hicl_fast.distributed.gathering import describe_rows
+from hicl_fast.integrations.gathering import join
 from hicl_fast.reference.info_nce import Reduction
 
 __all__ = ["FusedContrastiveLoss"]
@@ -27,7 +30,8 @@ class FusedContrastiveLoss(nn.Module):
     Args:
         temperature: τ > 0.
         gather: join the rows of all processes first, as GradCache's ``DistributedContrastiveLoss`` does: every process
-            computes the loss of the joined batch, and has gradients for its own rows.
+            computes the loss of the joined batch, and has gradients for its own rows. Processes may have different
+            numbers of rows, with as many keys for each query. Without a process group it has no effect.
         backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Example:
@@ -38,6 +42,9 @@ class FusedContrastiveLoss(nn.Module):
     def __init__(self, temperature: float = 0.05, *, gather: bool = False, backend: str = "auto") -> None:
         super().__init__()
         check.positive_number("temperature", temperature)
+        check.one_of("backend", backend, ("auto", *registry.NAMES))
+        if not isinstance(gather, bool):
+            raise TypeError(f"gather: expected True or False, got {check.describe(gather)}")
         self.temperature, self.gather, self.backend = temperature, gather, backend
 
     def forward(
@@ -48,19 +55,38 @@ class FusedContrastiveLoss(nn.Module):
         Args:
             query: (N, D).
             key: (M, D).
-            target: int64, each (joined) query's key in the place of the rule.
+            target: (N,) int64, each query's key in the place of the rule. With ``gather`` that of all processes' queries
+                among all processes' keys.
             reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
         Raises:
             ValueError: M is no multiple of N and no target is given; or as :func:`hicl_fast.functional.info_nce` says.
+                With ``gather`` on every process, with each one's words.
         """
-        if self.gather:
-            query, key = joined(query), joined(key)
+        if self.gather and (ranks := ranks_of()).size > 1:
+            query, key = self._joined(query, key, target is not None, ranks)
         if target is None:
             target = self._positives(query, key)
         return HF.info_nce(
             query, key, target=target, temperature=self.temperature, reduction=reduction, backend=self.backend
         )
+
+    def _joined(self, query: Tensor, key: Tensor, has_target: bool, ranks: Ranks) -> tuple[Tensor, Tensor]:
+        """All processes' queries and keys, of which this one's keep their gradients."""
+
+        def describe() -> tuple[dict[str, int], dict[str, object]]:
+            check.floating_matrix("query", query, "(N, D)")
+            check.floating_matrix("key", key, "(M, D)", like=query)
+            check.row_length("key", key, query.shape[1])
+            terms = {"query": describe_rows(query), "key": describe_rows(key), "loss": self, "target": has_target}
+            if not has_target:  # else the rule would find another process's keys
+                self._positives(query, key)
+                terms["keys for each query"] = len(key) // len(query)
+            return {"query": len(query), "key": len(key)}, terms
+
+        told, failure = attempt(describe)
+        joined = join(ranks, *(told or ({}, {})), failure)
+        return joined.own_rows("query", query), joined.own_rows("key", key)
 
     @staticmethod
     def _positives(query: Tensor, key: Tensor) -> Tensor:
@@ -70,14 +96,3 @@ class FusedContrastiveLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.temperature}, gather={self.gather}"
-
-
-def joined(rows: Tensor) -> Tensor:  # (N, D) -> (N · processes, D)
-    """All processes' rows, N on each, of which this one's keep their gradients; the rows where there is no process group."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return rows
-    own = rows.detach().contiguous()
-    parts = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, own)
-    parts[dist.get_rank()] = rows
-    return torch.cat(parts)

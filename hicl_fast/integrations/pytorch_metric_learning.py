@@ -16,10 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hicl_fast import _checks as check
 from hicl_fast import functional as HF
 from hicl_fast._checks import FLOATING
 from hicl_fast.integrations._requires import missing
-from hicl_fast.integrations.similarity import Similarity, as_cosines, log_expm1, loss_type, pairwise
+from hicl_fast.integrations.similarity import (
+    Similarity,
+    as_cosines,
+    in_sum_type,
+    log_expm1,
+    loss_type,
+    pairwise,
+)
 from hicl_fast.ops.autograd import without_autocast
 from hicl_fast.ops.problem import sum_type
 
@@ -40,11 +48,15 @@ class AllPairs(NamedTuple):
 
 
 class NTXentLoss(original.NTXentLoss):
-    """:class:`pytorch_metric_learning.losses.NTXentLoss`, whose arguments it takes.
+    """:class:`pytorch_metric_learning.losses.NTXentLoss`, whose arguments it takes; a temperature may be learned.
 
     One loss for each positive pair, log(1 + Σ over the anchor's negatives of e^((s_n − s_p)/τ)): that sum is the same for
     all of an anchor's positives and computed once.
     """
+
+    def __init__(self, temperature: float | Tensor = 0.07, **options: Any) -> None:
+        _check_temperature(temperature)
+        super().__init__(temperature, **options)
 
     def compute_loss(
         self, embeddings: Tensor, labels: Tensor, indices_tuple: Any, ref_emb: Tensor, ref_labels: Tensor
@@ -70,15 +82,19 @@ class NTXentLoss(original.NTXentLoss):
         anchor, positive, anchor_of_negative, _ = indices_tuple
         if len(anchor) == 0 or len(anchor_of_negative) == 0:
             return self.zero_losses()
-        scale = (1.0 if self.distance.is_inverted else -1.0) / self.temperature
-        positive_logit, logit = (x.to(sum_type(x)) * scale for x in (pos_pairs, neg_pairs))
+        sign = 1.0 if self.distance.is_inverted else -1.0
+        positive_logit, logit = (x.to(sum_type(x)) * sign / self.temperature for x in (pos_pairs, neg_pairs))
         num_rows = int(torch.maximum(anchor.max(), anchor_of_negative.max())) + 1
         losses = F.softplus(_log_sum_exp(logit, anchor_of_negative, num_rows)[anchor] - positive_logit)
         return _result(losses.to(neg_pairs.dtype), (anchor, positive), "pos_pair")
 
 
 class SupConLoss(original.SupConLoss):
-    """:class:`pytorch_metric_learning.losses.SupConLoss`, whose arguments it takes."""
+    """:class:`pytorch_metric_learning.losses.SupConLoss`, whose arguments it takes; a temperature may be learned."""
+
+    def __init__(self, temperature: float | Tensor = 0.1, **options: Any) -> None:
+        _check_temperature(temperature)
+        super().__init__(temperature, **options)
 
     def compute_loss(
         self, embeddings: Tensor, labels: Tensor, indices_tuple: Any, ref_emb: Tensor, ref_labels: Tensor
@@ -106,6 +122,13 @@ class CrossBatchMemory(original.CrossBatchMemory):
         if self.miner is None and given is None and isinstance(self.loss, (NTXentLoss, SupConLoss)):
             return AllPairs(self.curr_batch_idx if remove_self else None)
         return super().create_indices_tuple(embeddings, labels, E_mem, L_mem, given, remove_self)
+
+
+def _check_temperature(temperature: float | Tensor) -> None:
+    if not isinstance(temperature, Tensor):
+        check.positive_number("temperature", temperature)
+    elif temperature.numel() != 1:
+        raise ValueError(f"temperature: expected a number or a tensor of one, got {check.describe(temperature)}")
 
 
 def _problem(
@@ -225,8 +248,9 @@ class _Problem:
             anchor, positive = anchor[other], positive[other]
         return anchor, positive
 
-    def pair_losses(self, anchor: Tensor, positive: Tensor, temperature: float) -> Tensor:  # (P,)
+    def pair_losses(self, anchor: Tensor, positive: Tensor, temperature: float | Tensor) -> Tensor:  # (P,)
         """NT-Xent of each positive pair."""
+        temperature = in_sum_type(temperature, self.rows, self.references)
         logit = pairwise(self.rows[anchor], self.references[positive], self.similarity) / temperature
         row, row_of_pair = torch.unique(anchor, return_inverse=True)  # rows that have a positive
         target, lowest = _lowest(logit, row_of_pair, len(row), positive)
@@ -244,8 +268,9 @@ class _Problem:
         negatives = logit[lowest] + log_expm1(loss)  # log-sum-exp of the row's negatives
         return F.softplus(negatives[row_of_pair] - logit)
 
-    def row_losses(self, temperature: float) -> Tensor:  # (N,)
+    def row_losses(self, temperature: float | Tensor) -> Tensor:  # (N,)
         """SupCon of each row: 0 for those without a positive."""
+        temperature = in_sum_type(temperature, self.rows, self.references)
         order, begin, _, num_positives = self._classes
         row = num_positives.nonzero()[:, 0]
         target = order[begin[row]]

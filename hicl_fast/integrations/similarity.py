@@ -70,10 +70,26 @@ def as_cosines(
     query: Tensor, key: Tensor, scale: float | Tensor, similarity: Similarity
 ) -> tuple[Tensor, Tensor, float | Tensor]:
     """Queries (N, ·), keys (M, ·) and the temperature with which cosine / temperature is scale · similarity."""
+    scale = in_sum_type(scale, query, key)  # the operator takes the inverse of the temperature again
     if similarity == "cosine":
         return query, key, 1.0 / scale
     lifted = lift(query, key)
     return lifted.query, lifted.key, 1.0 / (scale * lifted.factor)
+
+
+def is_one_number(scale: object) -> bool:
+    """Whether a scale is a number or a tensor of one, which may be learned."""
+    return not isinstance(scale, Tensor) or scale.numel() == 1
+
+
+def in_sum_type(scale: float | Tensor, *rows: Tensor) -> float | Tensor:
+    """A scale or temperature that is a tensor as a tensor () in the type of the rows' sums at least.
+
+    What is done to it then rounds nothing that logits keep.
+    """
+    if not isinstance(scale, Tensor):
+        return scale
+    return scale.reshape(()).to(torch.promote_types(scale.dtype, sum_type(*rows)))
 
 
 def pairwise(a: Tensor, b: Tensor, similarity: Similarity) -> Tensor:  # (N, D), (N, D) -> (N,)

@@ -36,7 +36,8 @@ class FusedHiCLLoss(nn.Module):
         pooling: ``"length"`` weights a segment by its tokens, ``"mean"`` weights all alike.
         hard_negative_mixing: HNCSE's mixtures of hard negatives, in the global loss.
         positive_mixing: HNCSE's mixing of positives, in the global loss.
-        queue_size: rows of earlier batches kept as negatives of the global loss; 0 keeps none.
+        queue_size: rows of earlier batches kept as negatives of the global loss; 0 keeps none. They keep their sequences'
+            groups; see :class:`FusedInfoNCELoss`.
         precision: ``None``, ``"float32"`` or ``"bf16"``; see :func:`hicl_fast.functional.info_nce`.
         backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
         gather: both losses over the sequences of all ranks, each rank with sequences and segments of its own number:
@@ -45,7 +46,8 @@ class FusedHiCLLoss(nn.Module):
 
     Attributes:
         last: after a call, detached scalars for logging: ``loss``, ``positive_similarity``,
-            ``hardest_negative_similarity`` (both of the sequences) and, with offsets, ``local`` and ``global``.
+            ``hardest_negative_similarity`` (both of the sequences; the latter absent where no sequence has a negative)
+            and, with offsets, ``local`` and ``global``.
 
     Example:
         >>> loss_fn = FusedHiCLLoss()
@@ -104,6 +106,8 @@ class FusedHiCLLoss(nn.Module):
         segments_positive: Tensor,
         offsets: Tensor | None = None,
         lengths: Tensor | None = None,
+        *,
+        sequence_group: Tensor | None = None,
     ) -> Tensor:
         """The loss of two views of the same segments.
 
@@ -112,19 +116,23 @@ class FusedHiCLLoss(nn.Module):
             segments_positive: (S, D) the same segments under another dropout mask.
             offsets: (B + 1,) int64; sequence b owns rows ``offsets[b]:offsets[b + 1]``. ``None``: every row is one.
             lengths: (S,) tokens of each segment, for ``pooling="length"``.
+            sequence_group: (B,) int64 group of each sequence, as its number in the data: what is of one group is one
+                sequence to the local loss, and in the global loss and its queue nobody's negative there.
 
         Returns:
             A scalar, float32 (float64 where an input is float64).
         """
         if offsets is None:
-            loss = self.global_loss(segments, segments_positive)
+            loss = self.global_loss(segments, segments_positive, query_group=sequence_group, key_group=sequence_group)
             self._parts = {}
             return loss
         if self.gather and (ranks := ranks_of(self.process_group)).size > 1:
-            return self._forward_joined(segments, segments_positive, offsets, lengths, ranks)
-        pooled, pooled_positive = self._pool(segments, segments_positive, offsets, lengths)
-        global_loss = self.global_loss(pooled, pooled_positive)
+            return self._forward_joined(segments, segments_positive, offsets, lengths, sequence_group, ranks)
+        pooled, pooled_positive = self._pool(segments, segments_positive, offsets, lengths, sequence_group)
+        global_loss = self.global_loss(pooled, pooled_positive, query_group=sequence_group, key_group=sequence_group)
         sequence = sequence_index(offsets, segments.shape[0])
+        if sequence_group is not None:
+            sequence = sequence_group[sequence]
         local_loss = HF.info_nce(
             segments,
             segments_positive,
@@ -140,7 +148,12 @@ class FusedHiCLLoss(nn.Module):
         return loss
 
     def _pool(
-        self, segments: Tensor, segments_positive: Tensor, offsets: Tensor, lengths: Tensor | None
+        self,
+        segments: Tensor,
+        segments_positive: Tensor,
+        offsets: Tensor,
+        lengths: Tensor | None,
+        sequence_group: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Both views' sequences, (B, D) each."""
         check.floating_matrix("segments", segments, "(S, D)")
@@ -151,13 +164,21 @@ class FusedHiCLLoss(nn.Module):
                 f"got {check.describe(segments_positive)}"
             )
         pooled = self.pool(segments, offsets, lengths)  # checks the offsets
+        if sequence_group is not None:
+            check.index_vector("sequence_group", sequence_group, len(pooled), "a group for each sequence", pooled)
         return pooled, self.pool(segments_positive, offsets, lengths)
 
     @torch.compiler.disable
     def _forward_joined(
-        self, segments: Tensor, segments_positive: Tensor, offsets: Tensor, lengths: Tensor | None, ranks: Ranks
+        self,
+        segments: Tensor,
+        segments_positive: Tensor,
+        offsets: Tensor,
+        lengths: Tensor | None,
+        sequence_group: Tensor | None,
+        ranks: Ranks,
     ) -> Tensor:
-        pooled, failure = attempt(lambda: self._pool(segments, segments_positive, offsets, lengths))
+        pooled, failure = attempt(lambda: self._pool(segments, segments_positive, offsets, lengths, sequence_group))
         rows: dict[str, int] = {}
         terms: dict[str, object] = {}
         if pooled is not None:
@@ -167,14 +188,18 @@ class FusedHiCLLoss(nn.Module):
                 "segments": describe_rows(segments),
                 "segments_positive": describe_rows(segments_positive),
                 "options": self.extra_repr(),
+                "groups": sequence_group is not None,
                 "global loss": self.global_loss.terms(),
             }
         shares = agree(ranks, rows, terms, failure)
         assert pooled is not None  # else agree has raised
 
         sequences, own_segments = shares["sequences"], shares["segments"]
-        global_loss = self.global_loss.joined(*pooled, None, None, None, ranks, {"query": sequences, "key": sequences})
-        sequence = sequences.first + sequence_index(offsets, len(segments))
+        global_loss = self.global_loss.joined(
+            *pooled, None, sequence_group, sequence_group, ranks, {"query": sequences, "key": sequences}
+        )
+        sequence = sequence_index(offsets, len(segments))
+        sequence = sequences.first + sequence if sequence_group is None else sequence_group[sequence]
         local = joined_info_nce(
             Part(segments, own_segments, sequence),
             Part(segments_positive, own_segments, sequence),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -11,16 +13,20 @@ from torch import Tensor, nn
 from hicl_fast import _checks as check
 from hicl_fast import functional as HF
 from hicl_fast.losses.queue import NegativeQueue
+from hicl_fast.losses.state import Stateful
 from hicl_fast.ops.positive_mixing import Weights
 
-LARGEST_AUTO_K = 10
+DEFAULT_K = 10  # the paper's, and what "auto" stands for
+
+logger = logging.getLogger("hicl_fast")
 
 
 class Part(NamedTuple):
     """Which rows of a larger batch the queries are, where the keys are those of all of it."""
 
     first: int  # query i's positive is key first + i
-    fewest: int  # negatives that every row of the batch has
+    fewest: int  # keys that every row of the batch has for negatives
+    smallest: Callable[[int], int]  # of all ranks' numbers
 
 
 class Groups(NamedTuple):
@@ -46,7 +52,7 @@ class Mixed:
     pairs: Tensor  # (N, m, 2) int64, places in index
 
 
-class HardNegativeMixing(nn.Module):
+class HardNegativeMixing(Stateful):
     r"""Mixtures of each row's hard negatives as further negatives of that row.
 
     .. math:: g = \alpha\, n_a + (1 - \alpha)\, n_b, \qquad \ell = \frac{1}{\tau} \frac{q \cdot g}{\|q\| \|g\|}
@@ -56,14 +62,18 @@ class HardNegativeMixing(nn.Module):
     ``bank="batch"``, the keys that were mixed.
 
     Args:
-        k: how many of a row's hardest negatives are mixed; ``"auto"``: up to 10, as many as every row has.
+        k: how many of a row's hardest negatives are mixed, or as many as every row of the batch has, where that is fewer:
+            any batch trains, also an epoch's last and smallest one, and fewer are said once in the log of ``hicl_fast``.
+            Where some row has fewer than two, nothing is mixed. ``"auto"`` is 10.
         num_mixed: m, mixtures for each row.
         alpha: α.
         bank: where hard negatives are looked for: ``"batch"`` (the authors' code), the keys the row is compared with
             but its own positive and its group's; or ``"previous"`` (the paper), the keys of previous batches, none of
-            which is anyone's positive.
-        queue_size: rows of previous batches that are kept, with ``bank="previous"``. While there are fewer than k, all
-            of them are mixed; while there are fewer than two, nothing is.
+            which is anyone's positive; with groups, but those of the row's group.
+        queue_size: rows of previous batches that are kept, with ``bank="previous"``. While it fills up there are fewer
+            than k.
+        require_k: raise where a row has fewer than k negatives, rather than mix what there is. Not with
+            ``bank="previous"``.
         seed: of the pairs; default: PyTorch's initial seed.
         backend: with ``bank="previous"``: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``. The batch's own
             keys are mixed by the loss's backend.
@@ -72,17 +82,20 @@ class HardNegativeMixing(nn.Module):
         mixed: what the last call of the loss mixed, or ``None``.
     """
 
-    step: Tensor  # () int64, on the CPU: calls so far
+    STATE = ("step",)
+
+    step: int  # calls so far, in training
     mixed: Mixed | None
 
     def __init__(
         self,
-        k: int | Literal["auto"] = 10,
+        k: int | Literal["auto"] = DEFAULT_K,
         num_mixed: int = 40,
         alpha: float = 0.5,
         *,
         bank: Literal["batch", "previous"] = "batch",
         queue_size: int = 1024,
+        require_k: bool = False,
         seed: int | None = None,
         backend: str = "auto",
     ) -> None:
@@ -94,11 +107,15 @@ class HardNegativeMixing(nn.Module):
             raise ValueError(f"num_mixed: expected at least 1 mixture a row, got {num_mixed!r}")
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"alpha: expected 0 to 1, got {alpha!r}")
+        if require_k and bank == "previous":
+            raise ValueError('require_k: expected False with bank="previous", which fills up as batches come')
         self.k, self.num_mixed, self.alpha, self.bank, self.backend = k, num_mixed, alpha, bank, backend
+        self.require_k = require_k
         self.seed = torch.initial_seed() if seed is None else seed
         self.queue = NegativeQueue(queue_size) if bank == "previous" else None
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.step = 0
         self.mixed = None
+        self._has_said_fewer = False
 
     def forward(
         self,
@@ -110,17 +127,17 @@ class HardNegativeMixing(nn.Module):
     ) -> Mixtures:
         """The mixtures for ``query`` (N, D) and ``key`` (M, D), key i being query i's positive or that of its ``part``.
 
-        Empty where there is nothing to mix: fewer than two negatives, with ``k="auto"`` or ``bank="previous"``.
+        Empty where some row has fewer than two negatives, so that there is nothing to mix.
         """
         self.mixed = None
         if self.queue is None:
             mixtures = self._of_keys(query, key, groups, part)
         else:
-            mixtures = self._of_previous_batches(query, temperature, 0 if part is None else part.first)
+            mixtures = self._of_previous_batches(query, temperature, groups, part)
         if self.training:
-            self.step = self.step + 1
+            self._advance()
             if self.queue is not None:
-                self.queue.push(key)
+                self.queue.push(key, None if groups is None else groups.key)
         return mixtures
 
     def remember(self, mixtures: Mixtures, hard_negatives: Tensor | None) -> None:
@@ -129,42 +146,71 @@ class HardNegativeMixing(nn.Module):
             self.mixed = Mixed(None, hard_negatives, mixtures.mixing.pairs)
 
     def _of_keys(self, query: Tensor, key: Tensor, groups: Groups | None, part: Part | None) -> Mixtures:
-        if self.k == "auto":
-            k = min(LARGEST_AUTO_K, fewest_candidates(query, key, groups) if part is None else part.fewest)
-        else:
-            k = int(self.k)
-            if part is not None and k > part.fewest:
-                raise ValueError(f"k: expected at most {part.fewest}, the negatives that every row has, got {k}")
+        k = self._as_many_as(fewest_candidates(query, key, groups) if part is None else part.fewest)
         if k < 2:
             return Mixtures()
-        return Mixtures(mixing=HF.Mixing(k, self._pairs(query, k, 0 if part is None else part.first), self.alpha))
+        return Mixtures(mixing=HF.Mixing(k, self._pairs(query, k, part), self.alpha))
 
-    def _of_previous_batches(self, query: Tensor, temperature: float | Tensor, first_row: int) -> Mixtures:
-        bank = None if self.queue is None else self.queue.rows()
-        if bank is None or len(bank) < 2:
+    def _of_previous_batches(
+        self, query: Tensor, temperature: float | Tensor, groups: Groups | None, part: Part | None
+    ) -> Mixtures:
+        assert self.queue is not None
+        bank, bank_group = self.queue.rows(), self.queue.groups()
+        if bank is None:
             return Mixtures()
-        k = min(LARGEST_AUTO_K if self.k == "auto" else int(self.k), len(bank))
-        _, index = HF.hard_negatives(query, bank, k, exclude_target=False, backend=self.backend)
-        self.mixed = Mixed(bank.detach(), index, self._pairs(query, k, first_row))
+        fewest, grouping = len(bank), {}
+        if groups is not None and bank_group is not None:
+            grouping = {"query_group": groups.query, "key_group": bank_group}
+            fewest = fewest_outside(groups.query, bank_group)
+            fewest = fewest if part is None else part.smallest(fewest)
+        k = min(self._most(), fewest)
+        if k < 2:
+            return Mixtures()
+        _, index = HF.hard_negatives(query, bank, k, exclude_target=False, backend=self.backend, **grouping)
+        self.mixed = Mixed(bank.detach(), index, self._pairs(query, k, part))
         logits = HF.mixed_negative_logits(
             query, bank, index, self.mixed.pairs, alpha=self.alpha, temperature=temperature, backend=self.backend
         )
         return Mixtures(extra_logits=logits)
 
-    def _pairs(self, query: Tensor, k: int, first_row: int) -> Tensor:
-        return HF.random_pairs(len(query), self.num_mixed, k, self._step_seed(), query.device, first_row=first_row)
+    def _most(self) -> int:
+        return DEFAULT_K if self.k == "auto" else int(self.k)
 
-    def _step_seed(self) -> int:
-        return self.seed + (int(self.step) << 32)
+    def _as_many_as(self, fewest: int) -> int:
+        """k, or as many as every row has."""
+        k = self._most()
+        if k <= fewest:
+            return k
+        if self.require_k:
+            raise ValueError(f"k: expected at most {fewest}, the negatives that every row has, got {k}")
+        self._say_fewer(k, fewest)
+        return fewest
 
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """Move the queue, but keep the count in host memory: reading it must not wait for a device."""
-        module = super()._apply(fn, recurse)
-        self.step = self.step.cpu()
-        return module
+    @torch.compiler.disable
+    def _say_fewer(self, k: int, fewest: int) -> None:
+        if not self._has_said_fewer:
+            self._has_said_fewer = True
+            mixed = f"these {fewest} are mixed" if fewest > 1 else "nothing is mixed"
+            logger.warning(
+                "hard-negative mixing: a batch whose rows have only %d negatives, k = %d: %s (said once)",
+                fewest,
+                k,
+                mixed,
+            )
+
+    @torch.compiler.disable
+    def _pairs(self, query: Tensor, k: int, part: Part | None) -> Tensor:
+        first_row = 0 if part is None else part.first
+        seed = self.seed + (self.step << 32)
+        return HF.random_pairs(len(query), self.num_mixed, k, seed, query.device, first_row=first_row)
+
+    @torch.compiler.disable
+    def _advance(self) -> None:
+        self.step += 1
 
     def extra_repr(self) -> str:
-        return f"k={self.k}, num_mixed={self.num_mixed}, alpha={self.alpha}, bank={self.bank!r}, seed={self.seed}"
+        required = ", require_k=True" if self.require_k else ""
+        return f"k={self.k}, num_mixed={self.num_mixed}, alpha={self.alpha}, bank={self.bank!r}, seed={self.seed}{required}"
 
 
 class PositiveMixing(nn.Module):
@@ -222,8 +268,17 @@ def fewest_candidates(query: Tensor, key: Tensor, groups: Groups | None, first: 
     """The smallest number of negatives that a row has among the keys, of which key ``first`` is row 0's positive."""
     if groups is None:
         return len(key) - 1
-    values, counts = torch.unique(groups.key, return_counts=True)
-    at = torch.searchsorted(values, groups.query).clamp_max(len(values) - 1)
-    same = torch.where(values[at] == groups.query, counts[at], 0)
     own_is_counted = groups.key[first : first + len(query)] == groups.query
-    return len(key) - int((same + (~own_is_counted).long()).max())
+    return len(key) - int((_in_group(groups.query, groups.key) + (~own_is_counted).long()).max())
+
+
+def fewest_outside(query_group: Tensor, bank_group: Tensor) -> int:  # (N,), (B,)
+    """The smallest number of bank rows that are outside a row's group."""
+    return len(bank_group) - int(_in_group(query_group, bank_group).max())
+
+
+def _in_group(query_group: Tensor, key_group: Tensor) -> Tensor:  # (N,), (M,) -> (N,) int64
+    """How many keys are of each query's group."""
+    values, counts = torch.unique(key_group, return_counts=True)
+    at = torch.searchsorted(values, query_group).clamp_max(len(values) - 1)
+    return torch.where(values[at] == query_group, counts[at], 0)

@@ -12,22 +12,30 @@ from hicl_fast import _checks as check
 from hicl_fast import functional as HF
 from hicl_fast.distributed import Gather, Ranks, Shares, agree, attempt, check_gather, joined_means, ranks_of
 from hicl_fast.distributed.gathering import describe_rows, gather_rows
-from hicl_fast.distributed.info_nce import Part, joined_info_nce
+from hicl_fast.distributed.info_nce import Part, joined_info_nce, mean_or_none, of_rows_with_negatives
 from hicl_fast.losses import hncse
 from hicl_fast.losses.hncse import Groups, HardNegativeMixing, Mixtures, PositiveMixing
 from hicl_fast.losses.queue import NegativeQueue
-from hicl_fast.losses.temperature import Temperature
+from hicl_fast.losses.temperature import MAX_LOGIT_SCALE, Temperature
 from hicl_fast.reference.info_nce import Reduction, SameGroup
 
 
 def mean_of_rows(loss: Tensor, positive: Tensor, hardest: Tensor) -> dict[str, Tensor]:
     """What a loss logs of its rows (N,); rows without a negative don't count towards the hardest."""
-    has_negative = hardest > -float("inf")
+    total, count = (x.sum() for x in of_rows_with_negatives(hardest))
     return {
         "loss": loss.mean(),
         "positive_similarity": positive.mean(),
-        "hardest_negative_similarity": hardest.masked_fill(~has_negative, 0.0).sum() / has_negative.sum(),
+        "hardest_negative_similarity": mean_or_none(total, count),
     }
+
+
+def without_missing(means: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the hardest negative's similarity where no row had a negative, which a device is asked for."""
+    hardest = means.get("hardest_negative_similarity")
+    if hardest is None or not hardest.isneginf():
+        return dict(means)
+    return {name: value for name, value in means.items() if value is not hardest}
 
 
 class FusedInfoNCELoss(nn.Module):
@@ -40,12 +48,18 @@ class FusedInfoNCELoss(nn.Module):
 
     Args:
         temperature: τ > 0; where it is learned, its first value.
-        learnable_temperature: learn log(1/τ), with 1/τ at most 100, as CLIP does.
+        learnable_temperature: learn log(1/τ), as CLIP does.
+        max_logit_scale: the largest 1/τ that is learned, CLIP's by default; ``None``: no bound. A first value beyond it is
+            kept to, and is the bound then. After a step beyond it the parameter is put back to it when the loss is next
+            called in training, and comes back from there as soon as the gradient asks for it.
         margin: ArcCon's angular margin in radians.
         symmetric: average with the loss of queries and keys exchanged.
         hard_negative_weight: added to the logit of row i's own negative (SimCSE's rule).
-        same_group: what keys of a row's own group are: ``"exclude"``, ``"negative"`` or ``"positive"``.
+        same_group: what keys of a row's own group are: ``"exclude"``, ``"negative"`` or ``"positive"``; keys of the queue
+            as well as the batch's.
         queue_size: rows of earlier batches' keys kept as further negatives; 0 keeps none. They join while training only.
+            They keep the groups that they came with: without groups, a text's own key of the last epoch is its negative
+            in this one. What came without a group, or meets queries without one, is everybody's negative.
         hard_negative_mixing: adds mixtures of each row's hard negatives (HNCSE). Not with ``symmetric``.
         positive_mixing: mixes the positives first (HNCSE); everything after it sees the mixed keys. Not with ``symmetric``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -65,8 +79,9 @@ class FusedInfoNCELoss(nn.Module):
     Without an initialised process group there is one rank.
 
     Attributes:
-        last: after a call, detached scalars for logging: ``loss``, ``positive_similarity``,
-            ``hardest_negative_similarity``. Computed when it is read; with ``gather``, in the call.
+        last: after a call, detached scalars for logging: ``loss``, ``positive_similarity`` and
+            ``hardest_negative_similarity``, the mean of the rows that have a negative and absent where none has, as in a
+            batch of one. Computed when it is read, which waits for the device; with ``gather``, in the call.
 
     Example:
         >>> loss_fn = FusedInfoNCELoss(temperature=0.05)
@@ -78,6 +93,7 @@ class FusedInfoNCELoss(nn.Module):
         temperature: float = 0.05,
         *,
         learnable_temperature: bool = False,
+        max_logit_scale: float | None = MAX_LOGIT_SCALE,
         margin: float = 0.0,
         symmetric: bool = False,
         hard_negative_weight: float = 0.0,
@@ -95,7 +111,7 @@ class FusedInfoNCELoss(nn.Module):
         for name, mixing in (("hard_negative_mixing", hard_negative_mixing), ("positive_mixing", positive_mixing)):
             if symmetric and mixing is not None:
                 raise ValueError(f"{name}: expected None with symmetric=True, since a mixture has one direction")
-        self.temperature = Temperature(temperature, learnable_temperature)
+        self.temperature = Temperature(temperature, learnable_temperature, max_logit_scale)
         self.margin, self.symmetric, self.same_group = margin, symmetric, same_group
         self.hard_negative_weight = hard_negative_weight
         self.queue = NegativeQueue(queue_size) if queue_size else None
@@ -108,7 +124,7 @@ class FusedInfoNCELoss(nn.Module):
 
     @property
     def last(self) -> dict[str, Tensor]:
-        return dict(self._joined) if self._rows is None else mean_of_rows(*self._rows)
+        return without_missing(self._joined if self._rows is None else mean_of_rows(*self._rows))
 
     def forward(
         self,
@@ -125,7 +141,7 @@ class FusedInfoNCELoss(nn.Module):
             query: (N, D) one view of the batch.
             key: (M, D) the other view; key i is query i's positive.
             negatives: (P, D) hard negatives.
-            query_group: (N,) int64 group of each query; with ``key_group`` (M,).
+            query_group: (N,) int64 group of each query (a text's number in the data, a label); with ``key_group`` (M,).
             key_group: (M,) int64 group of each key.
 
         Returns:
@@ -137,7 +153,6 @@ class FusedInfoNCELoss(nn.Module):
         """
         if self.gather and (ranks := ranks_of(self.process_group)).size > 1:
             return self._forward_joined(query, key, negatives, query_group, key_group, ranks)
-        use_queue = self.queue is not None and self.training
         temperature = self.temperature()
         groups = self._groups(query_group, key_group)
         if self.positive_mixing is not None:
@@ -151,7 +166,7 @@ class FusedInfoNCELoss(nn.Module):
             temperature=temperature,
             negatives=negatives,
             hard_negative_weight=self.hard_negative_weight if negatives is not None else 0.0,
-            bank=self.queue.rows() if use_queue and self.queue is not None else None,
+            **self._queued(query_group),
             extra_logits=mixtures.extra_logits,
             mixing=mixtures.mixing,
             query_group=query_group,
@@ -163,12 +178,18 @@ class FusedInfoNCELoss(nn.Module):
             precision=self.precision,
             backend=self.backend,
         )
-        if use_queue and self.queue is not None:
-            self.queue.push(key)
+        if self.queue is not None and self.training:
+            self.queue.push(key, key_group)
         if self.hard_negative_mixing is not None:
             self.hard_negative_mixing.remember(mixtures, result.hard_negatives)
         self._rows = (result.loss.detach(), result.positive, result.hardest)
         return result.loss
+
+    def _queued(self, query_group: Tensor | None) -> dict[str, Tensor | None]:
+        """The queue's rows as a bank, and their groups where the queries have groups."""
+        if self.queue is None or not self.training:
+            return {}
+        return {"bank": self.queue.rows(), "bank_group": None if query_group is None else self.queue.groups()}
 
     def _groups(self, query_group: Tensor | None, key_group: Tensor | None) -> Groups | None:
         """The groups as far as they decide what can be a hard negative."""
@@ -223,14 +244,13 @@ class FusedInfoNCELoss(nn.Module):
         shares: dict[str, Shares],
     ) -> Tensor:
         """The loss over the joined batch once the ranks have agreed on their ``shares`` of query, key and negatives."""
-        use_queue = self.queue is not None and self.training
         mixtures = Mixtures()
 
         def mix(keys: Tensor, keys_group: Tensor | None, first: int) -> tuple[Tensor, dict[str, Any]]:
             nonlocal mixtures
             groups = self._groups(query_group, keys_group)
             fewest = ranks.smallest(hncse.fewest_candidates(query, keys, groups, first))
-            part = hncse.Part(first, fewest)
+            part = hncse.Part(first, fewest, ranks.smallest)
             if self.positive_mixing is not None:
                 own = self.positive_mixing(query, keys, groups, part)[shares["key"].slices[ranks.rank]]
                 keys = gather_rows(own, shares["key"], ranks)
@@ -250,14 +270,14 @@ class FusedInfoNCELoss(nn.Module):
             mix=mix if mixes else None,
             temperature=self.temperature(),
             hard_negative_weight=self.hard_negative_weight if negatives is not None else 0.0,
-            bank=self.queue.rows() if use_queue and self.queue is not None else None,
+            **self._queued(query_group),
             same_group=self.same_group,
             margin=self.margin,
             precision=self.precision,
             backend=self.backend,
         )
-        if use_queue and self.queue is not None and result.keys is not None:
-            self.queue.push(result.keys)
+        if self.queue is not None and self.training and result.keys is not None:
+            self.queue.push(result.keys, result.key_group)
         if self.hard_negative_mixing is not None:
             self.hard_negative_mixing.remember(mixtures, result.hard_negatives)
         self._rows, self._joined = None, joined_means(result, shares["query"], ranks)

@@ -14,7 +14,7 @@ from hicl_fast.analysis.terms import gradient_terms
 from hicl_fast.distributed import Ranks, Shares, agree, attempt, gather_rows, ranks_of, share_rows
 from hicl_fast.distributed.gathering import describe_rows
 from hicl_fast.distributed.info_nce import Part, joined_info_nce, joined_means
-from hicl_fast.losses.info_nce import mean_of_rows
+from hicl_fast.losses.info_nce import mean_of_rows, without_missing
 from hicl_fast.reference.paradigm import Dissipation, Modification, Objective, Ratio, Weight
 
 
@@ -46,7 +46,8 @@ class GradientParadigmLoss(nn.Module):
     Attributes:
         last: after a call, detached scalars for logging: ``loss``, ``positive_similarity``, where the objective looks
             at negatives ``hardest_negative_similarity``, and with ``log_gradient_terms`` the means over rows of
-            ``dissipation``, ``weight_entropy``, ``hardest_share`` and ``ratio``. Computed when it is read.
+            ``dissipation``, ``weight_entropy``, ``hardest_share`` and ``ratio``; of a batch of one row, which has no
+            negatives, the first two alone. Computed when it is read.
 
     Example:
         >>> loss_fn = GradientParadigmLoss("vicreg", modified=("gd", "w", "r"), ratio=1.5)
@@ -89,10 +90,8 @@ class GradientParadigmLoss(nn.Module):
     def last(self) -> dict[str, Tensor]:
         known = dict(self._joined)
         if self._rows is not None:
-            loss, positive, hardest = self._rows
-            known = mean_of_rows(loss, positive, hardest)
-            if not hardest.numel():
-                del known["hardest_negative_similarity"]
+            known = mean_of_rows(*self._rows)
+        known = without_missing(known)
         return known if self._views is None else known | self._gradient_terms(*self._views)
 
     def _gradient_terms(self, u: Tensor, v: Tensor) -> dict[str, Tensor]:
@@ -113,7 +112,7 @@ class GradientParadigmLoss(nn.Module):
         """The loss of two views.
 
         Args:
-            u: (N, D) one view of the batch; N ≥ 2, with ``gather`` of all ranks together.
+            u: (N, D) one view of the batch. A single row has no negatives: what drives rows apart is 0 then.
             v: (N, D) the other view; row i is u_i's positive.
 
         Returns:
@@ -147,13 +146,13 @@ class GradientParadigmLoss(nn.Module):
         return loss
 
     def _log_terms_of(self, u: Tensor, v: Tensor) -> None:
-        if self.log_gradient_terms:
-            self._views = (u.detach(), v.detach())
+        has_negatives = len(v) > 1
+        self._views = (u.detach(), v.detach()) if self.log_gradient_terms and has_negatives else None
 
     @torch.compiler.disable
     def _forward_joined(self, u: Tensor, v: Tensor, ranks: Ranks) -> Tensor:
         def describe() -> tuple[dict[str, int], dict[str, object]]:
-            HF.check_views(u, v, fewest=1)
+            HF.check_views(u, v)
             return {"rows": len(u)}, {"u": describe_rows(u), "v": describe_rows(v), **self._terms()}
 
         told, failure = attempt(describe)

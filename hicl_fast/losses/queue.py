@@ -3,79 +3,97 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hicl_fast import _checks as check
+from hicl_fast.losses.state import Stateful
+
+NOBODY = torch.iinfo(torch.int64).min  # the group of a row that was pushed without one
 
 
-class NegativeQueue(nn.Module):
+class NegativeQueue(Stateful):
     """The last ``size`` rows that were pushed, detached, for use as negatives of later batches (MoCo, arXiv 1911.05722).
 
-    The rows and the count are buffers: they follow the module's device and are saved in its ``state_dict``, so that a
-    resumed run goes on with the same negatives. Storage is allocated by the first push, which fixes D, type and device.
+    Each row keeps the group that it was pushed with, so that a text's own embedding of the last epoch is not its negative
+    in this one. Rows, groups and the count follow the module's device and are saved in its ``state_dict``, so that a
+    resumed run goes on with the same negatives; they are no buffers: under ``DistributedDataParallel`` each process keeps
+    its own. Storage is allocated by the first push, which fixes D, type and device.
 
     Args:
         size: number of rows kept, at least 1.
 
     Example:
         >>> queue = NegativeQueue(4096)
-        >>> loss = HF.info_nce(query, key, bank=queue.rows())
-        >>> queue.push(key)
+        >>> loss = HF.info_nce(query, key, bank=queue.rows(), query_group=ids, key_group=ids, bank_group=queue.groups())
+        >>> queue.push(key, ids)
     """
 
+    STATE = ("storage", "pushed", "group")
+    ADDED = ("group",)
+
     storage: Tensor  # (size, D) once something was pushed, (0, 0) before
-    pushed: Tensor  # () int64, on the CPU: rows ever pushed
+    group: Tensor  # (size,) int64 once something was pushed with groups, (0,) before
+    pushed: int  # rows ever pushed
 
     def __init__(self, size: int) -> None:
         super().__init__()
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"size: expected a whole number of rows, at least 1, got {check.describe(size)}")
         self.size = size
-        self.register_buffer("storage", torch.empty(0, 0))
-        self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
+        self.storage, self.group = torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
+        self.pushed = 0
 
     def __len__(self) -> int:
-        return min(self.size, self._count())
+        return min(self.size, self.pushed)
 
+    @torch.compiler.disable
     def rows(self) -> Tensor | None:
         """The stored rows (len(self), D) in no particular order; ``None`` while there are none."""
         return self.storage[: len(self)] if len(self) else None
 
+    @torch.compiler.disable
+    def groups(self) -> Tensor | None:
+        """The stored rows' groups (len(self),) int64, in the order of :meth:`rows`; ``None`` while none has one.
+
+        A row that was pushed without a group has −2⁶³ and counts as nobody's.
+        """
+        return self.group[: len(self)] if len(self.group) and len(self) else None
+
+    @torch.compiler.disable
     @torch.no_grad()
-    def push(self, rows: Tensor) -> None:
-        """Store the rows (N, D) in place of the oldest. Of more than ``size`` rows the last are kept."""
+    def push(self, rows: Tensor, group: Tensor | None = None) -> None:
+        """Store the rows (N, D), and their groups (N,) int64, in place of the oldest. Of more than ``size`` the last are kept."""
         check.floating_matrix("rows", rows, "(N, D)")
-        rows = rows.detach()[-self.size :]
+        if group is not None:
+            check.index_vector("group", group, len(rows), "a group for each row", rows)
         if self.storage.numel() == 0:
             self.storage = rows.new_zeros(self.size, rows.shape[1])
         if rows.shape[1] != self.storage.shape[1]:
             raise ValueError(
                 f"rows: expected length {self.storage.shape[1]}, as pushed before, got {check.describe(rows)}"
             )
-        # A new tensor, not an edit: the old one may be saved for a backward pass that is still to come.
-        storage, begin = self.storage.clone(), self._count() % self.size
-        until_end = min(self.size - begin, rows.shape[0])
-        storage[begin : begin + until_end] = rows[:until_end].to(storage.dtype)
-        storage[: rows.shape[0] - until_end] = rows[until_end:].to(storage.dtype)
-        self.storage = storage
-        self.pushed = self.pushed + rows.shape[0]
+        if group is not None and len(self.group) == 0:
+            self.group = torch.full_like(self.storage[:, 0], NOBODY, dtype=torch.int64)
+        self.storage = self._with_latest(self.storage, rows.detach())
+        if len(self.group):
+            nobody = rows.new_full((len(rows),), NOBODY, dtype=torch.int64)
+            self.group = self._with_latest(self.group, nobody if group is None else group)
+        self.pushed += min(len(rows), self.size)
 
-    def _count(self) -> int:
-        return int(self.pushed)
+    def _with_latest(self, kept: Tensor, latest: Tensor) -> Tensor:
+        """A new tensor, not an edit: the old one may be saved for a backward pass that is still to come."""
+        latest, kept, begin = latest[-self.size :].to(kept.dtype), kept.clone(), self.pushed % self.size
+        until_end = min(self.size - begin, len(latest))
+        kept[begin : begin + until_end] = latest[:until_end]
+        kept[: len(latest) - until_end] = latest[until_end:]
+        return kept
 
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """Move the rows, but keep the count in host memory: reading it must not wait for a device."""
-        module = super()._apply(fn, recurse)
-        self.pushed = self.pushed.cpu()
-        return module
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
-        saved = state_dict.get(prefix + "storage")
-        if saved is not None and saved.numel() and saved.shape[0] != self.size:
-            raise ValueError(f"storage: expected {self.size} rows, as this queue keeps, got {check.describe(saved)}")
-        if saved is not None:
-            self.storage = torch.empty_like(saved, device=self.storage.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _take(self, name: str, saved: Tensor) -> None:
+        if name != "pushed" and saved.numel() and saved.shape[0] != self.size:
+            raise ValueError(f"{name}: expected {self.size} rows, as this queue keeps, got {check.describe(saved)}")
+        if name == "storage":  # groups, if any were saved, come after the rows
+            self.group = self.group[:0]
+        super()._take(name, saved)
 
     def extra_repr(self) -> str:
         return f"size={self.size}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hicl_fast import reference
 from hicl_fast.backend import features, registry
-from hicl_fast.ops.autograd import runs_eagerly, without_autocast
+from hicl_fast.ops.autograd import is_transformed, runs_eagerly, without_autocast
 from hicl_fast.ops.problem import sum_type
 
 _library = torch.library.Library("hicl_fast", "FRAGMENT")
@@ -29,6 +30,16 @@ def apply(
     backend = registry.choose(
         backend, "hard_negatives", query.device.type, sum_type(query, key), features.of_rows(query, key)
     )
+    if is_transformed(query, key):
+        return reference.hard_negatives(
+            query,
+            key,
+            k,
+            target=target,
+            query_group=query_group,
+            key_group=key_group,
+            exclude_target=exclude_target,
+        )
     eager = runs_eagerly(query, key, target, query_group, key_group)
     run = _run if eager else torch.ops.hicl_fast.hard_negatives
     return run(query.detach(), key.detach(), k, target, query_group, key_group, exclude_target, backend)

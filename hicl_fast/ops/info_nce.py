@@ -11,7 +11,7 @@ one product forward, three backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
@@ -20,8 +20,16 @@ from torch import Tensor
 
 from hicl_fast.backend import registry
 from hicl_fast.backend.features import features
-from hicl_fast.ops import hard_negatives, mixed_negatives
-from hicl_fast.ops.autograd import is_one, once_differentiable, runs_eagerly, without_autocast
+from hicl_fast.ops import by_reference, hard_negatives, mixed_negatives
+from hicl_fast.ops.autograd import (
+    Again,
+    Value,
+    first_derivatives,
+    is_one,
+    is_transformed,
+    runs_eagerly,
+    without_autocast,
+)
 from hicl_fast.ops.problem import DIFFERENTIABLE, NOTHING, Gradients, Mixing, Problem, RowStatistics, Wanted
 
 _PROBLEM = (
@@ -56,11 +64,23 @@ class Result(NamedTuple):
     hard_negatives: Tensor | None = None  # (N, k) int64, the keys that were mixed
 
 
-def apply(problem: Problem, reduction: str, backend: str, mixing: Mixing | None = None) -> Result:
+def apply(
+    problem: Problem,
+    reduction: str,
+    backend: str,
+    mixing: Mixing | None = None,
+    bank_group: Tensor | None = None,  # (B,) int64
+) -> Result:
+    if problem.same_group == "negative":
+        bank_group = None
+    if is_transformed(*problem.differentiable()):
+        return _apply_transformed(problem, reduction, backend, mixing, bank_group)
     if mixing is not None:
-        return _apply_mixing(problem, reduction, backend, mixing)
+        return _apply_mixing(problem, reduction, backend, mixing, bank_group)
     if problem.symmetric and not _one_sweep_covers_both_directions(problem):
-        return _average_of_directions(problem, reduction, backend)
+        return _average_of_directions(problem, reduction, backend, bank_group)
+    if bank_group is not None:
+        problem = _with_bank_among_keys(problem, bank_group)
     backend = registry.choose(backend, "info_nce", problem.query.device.type, problem.dtype, features(problem))
     inputs = problem.differentiable()
     wanted = _wanted(inputs)
@@ -85,12 +105,19 @@ def _apply_traced(problem: Problem, reduction: str, wanted: Wanted, backend: str
     return Result(*outputs[:3])
 
 
-def _apply_mixing(problem: Problem, reduction: str, backend: str, mixing: Mixing) -> Result:
+def _with_bank_among_keys(problem: Problem, bank_group: Tensor) -> Problem:
+    """Bank rows as keys without gradient, behind the others: then groups mean for them what they mean for keys."""
+    assert problem.bank is not None and problem.key_group is not None
+    keys, groups = torch.cat([problem.key, problem.bank]), torch.cat([problem.key_group, bank_group])
+    return replace(problem, key=keys, key_group=groups, bank=None)
+
+
+def _apply_mixing(problem: Problem, reduction: str, backend: str, mixing: Mixing, bank_group: Tensor | None) -> Result:
     """In the sweep over the similarities where the backend does that; else hard negatives and mixtures come first."""
     chosen = registry.choose(backend, "info_nce", problem.query.device.type, problem.dtype, features(problem))
-    in_sweep = getattr(registry.implementation("info_nce", chosen), "MIXES_WHILE_SWEEPING", False)
     inputs = problem.differentiable()
-    if in_sweep and reduction != "none" and runs_eagerly(*inputs, mixing.pairs):
+    can_sweep = bank_group is None and reduction != "none" and runs_eagerly(*inputs, mixing.pairs)
+    if can_sweep and _mixes_while_sweeping(chosen):
         mixed_negatives.check_indices("pairs", mixing.pairs, mixing.k, "places among the k")
         return _apply_mean(problem, reduction, _wanted(inputs), chosen, mixing)
 
@@ -100,7 +127,21 @@ def _apply_mixing(problem: Problem, reduction: str, backend: str, mixing: Mixing
     logits = mixed_negatives.apply(query, key, index, mixing.pairs, mixing.alpha, problem.scale, backend)
     if problem.extra_logits is not None:
         logits = torch.cat([problem.extra_logits.to(logits.dtype), logits], dim=1)
-    return apply(replace(problem, extra_logits=logits), reduction, backend)._replace(hard_negatives=index)
+    with_mixtures = replace(problem, extra_logits=logits)
+    return apply(with_mixtures, reduction, backend, bank_group=bank_group)._replace(hard_negatives=index)
+
+
+def _mixes_while_sweeping(backend: str) -> bool:
+    return getattr(registry.implementation("info_nce", backend), "MIXES_WHILE_SWEEPING", False)
+
+
+def _apply_transformed(
+    problem: Problem, reduction: str, backend: str, mixing: Mixing | None, bank_group: Tensor | None
+) -> Result:
+    registry.choose(backend, "info_nce", problem.query.device.type, problem.dtype, features(problem))  # or its refusal
+    index = None if mixing is None else by_reference.hardest_keys(problem, mixing.k)
+    mixed = None if mixing is None or index is None else by_reference.mixed_logits(problem, mixing, index)
+    return Result(*by_reference.info_nce(problem, reduction, mixed, bank_group), index)
 
 
 def _one_sweep_covers_both_directions(problem: Problem) -> bool:
@@ -109,7 +150,7 @@ def _one_sweep_covers_both_directions(problem: Problem) -> bool:
     return only_keys and problem.same_group != "positive"
 
 
-def _average_of_directions(problem: Problem, reduction: str, backend: str) -> Result:
+def _average_of_directions(problem: Problem, reduction: str, backend: str, bank_group: Tensor | None) -> Result:
     forward = replace(problem, symmetric=False)
     exchanged = replace(
         forward,
@@ -118,7 +159,7 @@ def _average_of_directions(problem: Problem, reduction: str, backend: str) -> Re
         query_group=problem.key_group,
         key_group=problem.query_group,
     )
-    rows, columns = apply(forward, reduction, backend), apply(exchanged, reduction, backend)
+    rows, columns = (apply(one, reduction, backend, bank_group=bank_group) for one in (forward, exchanged))
     return rows._replace(loss=(rows.loss + columns.loss) / 2)
 
 
@@ -270,11 +311,15 @@ def _save_gradients(ctx: Any, inputs: Iterable[Tensor | None], wanted: Wanted, g
     ctx.set_materialize_grads(False)
 
 
-def _saved_gradients(ctx: Any, loss_grad: Tensor | None) -> list[Tensor | None]:
-    """The saved gradients times the upstream one: kept in the type of the sums until here, so that a scaled float16
-    loss doesn't underflow."""
+def _mean_gradients(ctx: Any, loss_grad: Tensor | None) -> Sequence[Tensor | None]:
     if loss_grad is None:
         return [None] * len(ctx.destinations)
+    return ctx.again.first_derivatives(lambda: _saved_gradients(ctx, loss_grad), loss_grad)
+
+
+def _saved_gradients(ctx: Any, loss_grad: Tensor) -> list[Tensor | None]:
+    """The saved gradients times the upstream one: kept in the type of the sums until here, so that a scaled float16
+    loss doesn't underflow."""
     gradients: Iterable[Tensor] = ctx.saved_tensors
     if not is_one(loss_grad):
         gradients = (gradient * loss_grad.to(gradient.device) for gradient in gradients)
@@ -293,7 +338,7 @@ def _save_rows(ctx: Any, problem: Problem, backend: str, outputs: tuple[Tensor, 
     ctx.set_materialize_grads(False)
 
 
-def _row_gradients(ctx: Any, loss_grad: Tensor | None, needs_grad: Iterable[bool]) -> list[Tensor | None]:
+def _row_gradients(ctx: Any, loss_grad: Tensor | None, needs_grad: Iterable[bool]) -> Sequence[Tensor | None]:
     wanted = Wanted(*needs_grad)
     if loss_grad is None:
         return [None] * len(wanted)
@@ -301,14 +346,35 @@ def _row_gradients(ctx: Any, loss_grad: Tensor | None, needs_grad: Iterable[bool
     tensors = iter(saved)
     flat = [next(tensors) if tensor else x for x, tensor in zip(ctx.constants, ctx.is_tensor, strict=True)]
     problem = Problem(*flat)
-    if runs_eagerly(*saved):
-        gradients = _sweep_rows_backward(problem, negative_lse, column_lse, loss_grad, wanted, ctx.backend)
-    else:
-        gradients = torch.ops.hicl_fast.info_nce_rows_backward(
-            *flat, negative_lse, column_lse, loss_grad, list(wanted), ctx.backend
-        )
-    destinations = _destinations(problem.differentiable(), wanted)
-    return [None if to is None else to.take(gradient) for gradient, to in zip(gradients, destinations, strict=True)]
+
+    def compute() -> list[Tensor | None]:
+        if runs_eagerly(*saved):
+            gradients = _sweep_rows_backward(problem, negative_lse, column_lse, loss_grad, wanted, ctx.backend)
+        else:
+            gradients = torch.ops.hicl_fast.info_nce_rows_backward(
+                *flat, negative_lse, column_lse, loss_grad, list(wanted), ctx.backend
+            )
+        destinations = _destinations(problem.differentiable(), wanted)
+        return [None if to is None else to.take(gradient) for gradient, to in zip(gradients, destinations, strict=True)]
+
+    return first_derivatives(compute, _value(problem, "none"), loss_grad, problem.differentiable())
+
+
+def _again(problem: Problem, reduction: str, mixing: Mixing | None = None, index: Tensor | None = None) -> Again:
+    constants = (problem.target, problem.bank, problem.query_group, problem.key_group, index)
+    pairs = None if mixing is None else mixing.pairs
+    return Again("info_nce", _value(problem, reduction, mixing, index), problem.differentiable(), *constants, pairs)
+
+
+def _value(problem: Problem, reduction: str, mixing: Mixing | None = None, index: Tensor | None = None) -> Value:
+    """The loss as a function of what can have a gradient; ``index`` (N, k): the keys that were mixed."""
+
+    def value(*inputs: Tensor | None) -> Tensor:
+        again = replace(problem, **dict(zip(DIFFERENTIABLE, inputs, strict=True)))  # type: ignore[arg-type]
+        mixed = None if mixing is None or index is None else by_reference.mixed_logits(again, mixing, index)
+        return by_reference.info_nce(again, reduction, mixed).loss
+
+    return value
 
 
 class _Mean(torch.autograd.Function):
@@ -326,13 +392,13 @@ class _Mean(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         result, gradients = _sweep(problem, reduction, wanted, backend, mixing)
         _save_gradients(ctx, inputs, wanted, gradients)
+        ctx.again = _again(problem, reduction, mixing, result.hard_negatives)
         ctx.mark_non_differentiable(*(x for x in result[1:] if x is not None))
         return tuple(result)
 
     @staticmethod
-    @once_differentiable("info_nce")
     def backward(ctx: Any, loss_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        return (*[None] * 5, *_saved_gradients(ctx, loss_grad))
+        return (*[None] * 5, *_mean_gradients(ctx, loss_grad))
 
 
 class _Rows(torch.autograd.Function):
@@ -346,7 +412,6 @@ class _Rows(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable("info_nce")
     def backward(ctx: Any, loss_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         return (None, None, *_row_gradients(ctx, loss_grad, ctx.needs_input_grad[2:]))
 
@@ -360,14 +425,15 @@ def _among_arguments(gradients: Iterable[Tensor | None], num_arguments: int) -> 
 
 
 def _setup_mean(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *flat, _, wanted, _ = inputs
-    _save_gradients(ctx, Problem(*flat).differentiable(), Wanted(*wanted), output[3:])
+    *flat, reduction, wanted, _ = inputs
+    problem = Problem(*flat)
+    _save_gradients(ctx, problem.differentiable(), Wanted(*wanted), output[3:])
+    ctx.again = _again(problem, reduction)
     ctx.mark_non_differentiable(*output[1:])
 
 
-@once_differentiable("info_nce")
 def _backward_mean(ctx: Any, loss_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    return _among_arguments(_saved_gradients(ctx, loss_grad), len(_FIELDS) + 3)
+    return _among_arguments(_mean_gradients(ctx, loss_grad), len(_FIELDS) + 3)
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -376,7 +442,6 @@ def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.mark_non_differentiable(*output[1:])
 
 
-@once_differentiable("info_nce")
 def _backward_rows(ctx: Any, loss_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     needs_grad = [ctx.needs_input_grad[_FIELDS.index(name)] for name in DIFFERENTIABLE]
     return _among_arguments(_row_gradients(ctx, loss_grad, needs_grad), len(_FIELDS) + 1)

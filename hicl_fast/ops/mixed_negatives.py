@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hicl_fast.backend import features, registry
-from hicl_fast.ops.autograd import once_differentiable, runs_eagerly, without_autocast
+from hicl_fast.ops import by_reference
+from hicl_fast.ops.autograd import first_derivatives, is_transformed, runs_eagerly, without_autocast
 from hicl_fast.ops.problem import sum_type
 
 _INPUTS = "Tensor query, Tensor bank, Tensor index, Tensor pairs, float alpha"
@@ -36,7 +37,9 @@ def apply(
 ) -> Tensor:  # (N, m)
     asked = features.of_mixing(query, bank, index)
     backend = registry.choose(backend, "mixed_negatives", query.device.type, sum_type(query, bank), asked)
-    if runs_eagerly(query, bank, index, pairs, scale):
+    if is_transformed(query, bank, scale):
+        cosine = by_reference.mixed_negatives(query, bank, index, pairs, alpha)
+    elif runs_eagerly(query, bank, index, pairs, scale):
         _check_scale(scale)
         cosine, _ = _MixedNegatives.apply(query, bank, index, pairs, alpha, backend)
     else:
@@ -125,16 +128,23 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.mark_non_differentiable(output[1])
 
 
-@once_differentiable("mixed_negative_logits")
 def _backward(ctx: Any, cosine_grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     query, bank, index, pairs, cosine, inverse_norm = ctx.saved_tensors
     wanted = [bool(ctx.needs_input_grad[0]), bool(ctx.needs_input_grad[1])]
-    eager = runs_eagerly(query, bank, index, pairs)
-    backward = _run_backward if eager else torch.ops.hicl_fast.mixed_negatives_backward
-    query_grad, bank_grad = backward(
-        query, bank, index, pairs, ctx.alpha, cosine, inverse_norm, cosine_grad, wanted, ctx.backend
-    )
-    return query_grad if wanted[0] else None, bank_grad if wanted[1] else None, None, None, None, None
+
+    def compute() -> tuple[Tensor | None, Tensor | None]:
+        eager = runs_eagerly(query, bank, index, pairs)
+        backward = _run_backward if eager else torch.ops.hicl_fast.mixed_negatives_backward
+        query_grad, bank_grad = backward(
+            query, bank, index, pairs, ctx.alpha, cosine, inverse_norm, cosine_grad, wanted, ctx.backend
+        )
+        return query_grad if wanted[0] else None, bank_grad if wanted[1] else None
+
+    def value(query: Tensor, bank: Tensor) -> Tensor:
+        return by_reference.mixed_negatives(query, bank, index, pairs, ctx.alpha)
+
+    query_grad, bank_grad = first_derivatives(compute, value, cosine_grad, (query, bank))
+    return query_grad, bank_grad, None, None, None, None
 
 
 torch.library.register_autograd("hicl_fast::mixed_negatives", _backward, setup_context=_setup, lib=_library)

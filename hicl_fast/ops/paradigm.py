@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from hicl_fast.backend import registry
-from hicl_fast.ops import info_nce
-from hicl_fast.ops.autograd import is_one, once_differentiable, runs_eagerly, without_autocast
-from hicl_fast.ops.paradigm_objectives import OBJECTIVES
+from hicl_fast.ops import by_reference, info_nce
+from hicl_fast.ops.autograd import Again, is_one, is_transformed, runs_eagerly, without_autocast
+from hicl_fast.ops.paradigm_objectives import OBJECTIVES, alone
 from hicl_fast.ops.paradigm_settings import NUM_FIELDS, SCHEMA, Settings
-from hicl_fast.ops.problem import Problem, sum_type
+from hicl_fast.ops.problem import Problem, host_number, sum_type
 
 _library = torch.library.Library("hicl_fast", "FRAGMENT")
 _library.define(
@@ -35,6 +35,8 @@ def apply(
     if settings.objective in ("info_nce", "arccon"):
         return info_nce.apply(_as_info_nce(u, v, settings), "mean", backend)
     backend = registry.choose(backend, "paradigm", u.device.type, sum_type(u, v))
+    if is_transformed(u, v):
+        return info_nce.Result(*by_reference.paradigm(u, v, settings))
     wants_gradients = torch.is_grad_enabled() and (u.requires_grad or v.requires_grad)
     if not runs_eagerly(u, v):
         if settings.has_callables:
@@ -49,7 +51,7 @@ def apply(
 
 
 def _as_info_nce(u: Tensor, v: Tensor, settings: Settings) -> Problem:
-    scale = torch.tensor(1.0 / settings.temperature, dtype=torch.float64)
+    scale = host_number(1.0 / settings.temperature)
     nothing = (None, None, None, None, None, None)
     return Problem(u, v, scale, *nothing, 0.0, "exclude", settings.margin, False, "default")
 
@@ -58,7 +60,8 @@ def _run(u: Tensor, v: Tensor, settings: Settings, wants_gradients: bool, backen
     with torch.no_grad(), without_autocast(u.device.type):
         engine = registry.implementation("paradigm", backend)
         views = engine.views(u, v, sum_type(u, v))
-        loss, u_terms, v_terms, hardest = OBJECTIVES[settings.objective](views, settings, engine)
+        objective = OBJECTIVES[settings.objective] if len(u) > 1 else alone
+        loss, u_terms, v_terms, hardest = objective(views, settings, engine)
         if wants_gradients:
             u_grad, v_grad = engine.gradient(views.u, u_terms), engine.gradient(views.v, v_terms)
             return loss, views.positive, hardest, u_grad, v_grad
@@ -86,16 +89,21 @@ def _fake(u: Tensor, v: Tensor, *rest: Any) -> _Outputs:
     return empty(), empty(n), hardest, gradients[0], gradients[1]
 
 
-def _save(ctx: Any, types: tuple[torch.dtype, torch.dtype], gradients: tuple[Tensor, Tensor]) -> None:
-    ctx.types = types
+def _save(ctx: Any, u: Tensor, v: Tensor, settings: Settings, gradients: tuple[Tensor, Tensor]) -> None:
+    ctx.types = u.dtype, v.dtype
+    ctx.again = Again("paradigm", lambda u, v: by_reference.paradigm(u, v, settings).loss, (u, v))
     ctx.save_for_backward(*gradients)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, loss_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    """In the type of the sums until the upstream gradient is in, so that a scaled float16 loss doesn't underflow."""
     if loss_grad is None:
         return None, None
+    return tuple(ctx.again.first_derivatives(lambda: _saved_gradients(ctx, loss_grad), loss_grad))
+
+
+def _saved_gradients(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
+    """In the type of the sums until the upstream gradient is in, so that a scaled float16 loss doesn't underflow."""
     gradients = ctx.saved_tensors
     if not is_one(loss_grad):
         gradients = [gradient * loss_grad for gradient in gradients]
@@ -111,22 +119,21 @@ class _Paradigm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, v: Tensor, settings: Settings, backend: str) -> tuple[Tensor, Tensor, Tensor]:
         loss, positive, hardest, *gradients = _run(u, v, settings, True, backend)
-        _save(ctx, (u.dtype, v.dtype), (gradients[0], gradients[1]))
+        _save(ctx, u, v, settings, (gradients[0], gradients[1]))
         ctx.mark_non_differentiable(positive, hardest)
         return loss, positive, hardest
 
     @staticmethod
-    @once_differentiable("paradigm")
     def backward(ctx: Any, loss_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         return *_gradients(ctx, loss_grad), None, None
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
-    _save(ctx, (inputs[0].dtype, inputs[1].dtype), (output[3], output[4]))
+    u, v, *flat = inputs
+    _save(ctx, u, v, Settings.of_flat(tuple(flat[:NUM_FIELDS])), (output[3], output[4]))
     ctx.mark_non_differentiable(*output[1:])
 
 
-@once_differentiable("paradigm")
 def _backward(ctx: Any, loss_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     return *_gradients(ctx, loss_grad), *(None,) * (NUM_FIELDS + 2)
 

@@ -79,6 +79,31 @@ def hinge(measure: Measure) -> Objective:
     return objective
 
 
+# --- a batch of one row ----------------------------------------------------------------------------------------------
+
+
+def alone(views: Views, settings: Settings, engine: Engine) -> Result:
+    """Of a row without negatives: what sums over them is 0, and so is a pair's weight that comes from them.
+
+    Left are the pull of ``mhe`` and ``mhs``, where it is constant, and what ``vicreg`` and ``barlow_twins`` make of the pair.
+    """
+    objective, modified = settings.objective, settings.modified
+    if objective in ("vicreg", "barlow_twins"):
+        return OBJECTIVES[objective](views, settings, engine)
+    pull = views.positive - views.positive  # 0, or NaN where the input was
+    if objective == "mhe" and "w" not in modified:
+        pull = pull + 2 * (_constant_ratio(settings) if "r" in modified else 1.0)
+    elif objective == "mhs" and "r" not in modified:
+        pull = pull + 2
+    terms = [[Term(views.v.rows, -pull)], [Term(views.u.rows, -pull)]]
+    hardest = _no_neighbour(views) if settings.knows_hardest else []
+    return _held(settings, (pull * (1 - views.positive)).sum(), terms, hardest)
+
+
+def _no_neighbour(views: Views) -> list[Tensor]:
+    return [torch.full_like(views.positive, -torch.inf)] * 2
+
+
 # --- the paradigm's equation with parts of one's own -----------------------------------------------------------------
 
 
@@ -302,7 +327,10 @@ def _gradient_form(
 
 
 def _softmax_push(x: Tensor, z: Tensor, temperature: float, engine: Engine) -> Push:
-    """``w_ij = e^(z_i·z_j / τ) / Σ_{a≠b} e^(z_a·z_b / τ)``"""
+    """``w_ij = e^(z_i·z_j / τ) / Σ_{a≠b} e^(z_a·z_b / τ)``; of one row 0, its diagonal too."""
+    if len(x) == 1:
+        nothing = torch.zeros_like(x[:, 0])
+        return Push(nothing.sum(), Term(x, nothing), nothing, nothing - torch.inf)
     found = engine.combine(z, z, x, "softmax", temperature)
     log_sum = torch.logsumexp(found.log_total, dim=0)
     total = (found.log_total - log_sum).exp()
@@ -345,6 +373,8 @@ def _pulled(
 
 
 def _nearest_in_view(views: Views, engine: Engine) -> list[Tensor]:
+    if len(views.positive) == 1:
+        return _no_neighbour(views)
     return [engine.statistics(x, x, None, columns=False).hardest for x in (views.u.rows, views.v.rows)]
 
 

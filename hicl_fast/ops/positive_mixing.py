@@ -20,8 +20,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from hicl_fast.ops.autograd import runs_eagerly
+from hicl_fast.ops.autograd import is_transformed, runs_eagerly
 from hicl_fast.ops.problem import sum_type
 from hicl_fast.reference.info_nce import NORM_FLOOR
 from hicl_fast.reference.mixing import GRID_STEPS, SMALLEST_SUM
@@ -66,7 +67,8 @@ def _search(
     d1: Tensor, d2: Tensor, p_norm: Tensor, n_norm: Tensor, product: Tensor, is_narrow: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The best w1 and w2 for the rows that are narrow; (N,) each -> (1,) each."""
-    candidates = _kept_candidates(d1.device, d1.dtype) if runs_eagerly(d1) else _candidates(d1.device, d1.dtype)
+    keeps = runs_eagerly(d1) and not is_transformed(d1)  # a tensor made inside a transform is of no use outside
+    candidates = (_kept_candidates if keeps else _candidates)(d1.device, d1.dtype)
     w1, w2 = candidates[:, :, None]  # (C, 1) each
     squared = w1.square() * p_norm.square() + w2.square() * n_norm.square() + 2 * w1 * w2 * product  # (C, N)
     along = w1 * (p_norm * d1) + w2 * (n_norm * d2)
@@ -98,5 +100,9 @@ def _candidates(device: torch.device, dtype: torch.dtype) -> Tensor:  # (2, C)
     return torch.tensor(CANDIDATES, dtype=dtype, device=device).T.contiguous()
 
 
-# A device would be waited for each time they are copied to it.
-_kept_candidates = functools.lru_cache(maxsize=8)(_candidates)
+@functools.lru_cache(maxsize=8)
+def _kept_candidates(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Kept, since a device would be waited for each time they are copied to it; the same for every later caller,
+    whatever mode the first one is in."""
+    with _disable_current_modes(), torch.inference_mode(False):
+        return _candidates(device, dtype)

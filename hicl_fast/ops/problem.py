@@ -20,8 +20,14 @@ __all__ = [
     "Problem",
     "RowStatistics",
     "Wanted",
+    "host_number",
     "sum_type",
 ]
+
+
+def host_number(value: float) -> Tensor:
+    """() float64 in host memory, whatever PyTorch's default device is."""
+    return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
 
 
 def sum_type(*inputs: Tensor | None) -> torch.dtype:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hicl_fast.backend import registry
-from hicl_fast.ops.autograd import once_differentiable, runs_eagerly, without_autocast
+from hicl_fast.ops import by_reference
+from hicl_fast.ops.autograd import first_derivatives, is_transformed, runs_eagerly, without_autocast
 
 _library = torch.library.Library("hicl_fast", "FRAGMENT")
 _library.define("segment_pool(Tensor segments, Tensor offsets, Tensor? weights, str backend) -> Tensor")
@@ -20,6 +21,8 @@ _library.define(
 
 def apply(segments: Tensor, offsets: Tensor, weights: Tensor | None, backend: str) -> Tensor:  # (B, D)
     backend = registry.choose(backend, "segment_pool", segments.device.type, segments.dtype)
+    if is_transformed(segments, weights):
+        return by_reference.segment_pool(segments, offsets, weights)
     if not runs_eagerly(segments, offsets, weights):
         return torch.ops.hicl_fast.segment_pool(segments, offsets, weights, backend)
     return _SegmentPool.apply(segments, offsets, weights, backend)
@@ -85,15 +88,22 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(segments, offsets, *([weights] if weights is not None else []))
 
 
-@once_differentiable("segment_pool")
 def _backward(ctx: Any, pooled_grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
     segments, offsets, *rest = ctx.saved_tensors
     weights = rest[0] if ctx.has_weights else None
     wanted = [bool(ctx.needs_input_grad[0]), bool(ctx.needs_input_grad[2])]
-    eager = runs_eagerly(segments, offsets, weights)
-    backward = _run_backward if eager else torch.ops.hicl_fast.segment_pool_backward
-    segments_grad, weights_grad = backward(segments, offsets, weights, pooled_grad, wanted, ctx.backend)
-    return segments_grad if wanted[0] else None, None, weights_grad if wanted[1] else None, None
+
+    def compute() -> tuple[Tensor | None, Tensor | None]:
+        eager = runs_eagerly(segments, offsets, weights)
+        backward = _run_backward if eager else torch.ops.hicl_fast.segment_pool_backward
+        segments_grad, weights_grad = backward(segments, offsets, weights, pooled_grad, wanted, ctx.backend)
+        return segments_grad if wanted[0] else None, weights_grad if wanted[1] else None
+
+    def value(segments: Tensor, weights: Tensor | None) -> Tensor:
+        return by_reference.segment_pool(segments, offsets, weights)
+
+    segments_grad, weights_grad = first_derivatives(compute, value, pooled_grad, (segments, weights))
+    return segments_grad, None, weights_grad, None
 
 
 torch.library.register_autograd("hicl_fast::segment_pool", _backward, setup_context=_setup, lib=_library)

@@ -29,9 +29,9 @@ def hard_negatives(
     left_out = torch.zeros_like(similarity, dtype=torch.bool)
     if exclude_target:
         rows = torch.arange(query.shape[0], device=query.device) if target is None else target
-        left_out |= rows[:, None] == columns
+        left_out = left_out | (rows[:, None] == columns)
     if query_group is not None and key_group is not None:
-        left_out |= query_group[:, None] == key_group
+        left_out = left_out | (query_group[:, None] == key_group)
     best = similarity.masked_fill(left_out, -torch.inf).sort(dim=1, descending=True, stable=True)
     value, index = best.values[:, :k], best.indices[:, :k]
     return value, index.masked_fill(value == -torch.inf, -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ def info_nce(
     extra_logits: Tensor | None = None,  # (N, E)
     query_group: Tensor | None = None,  # (N,) int64
     key_group: Tensor | None = None,  # (M,) int64
+    bank_group: Tensor | None = None,  # (B,) int64
     same_group: SameGroup = "exclude",
     margin: float = 0.0,
     symmetric: bool = False,
@@ -37,22 +38,70 @@ def info_nce(
     The arguments are those of :func:`hicl_fast.functional.info_nce`, which checks them and computes the same
     without the N×M matrix.
     """
-    row_losses = functools.partial(
-        _row_losses,
+    return info_nce_with_statistics(
+        query,
+        key,
+        target=target,
+        temperature=temperature,
         negatives=negatives,
         hard_negative_weight=hard_negative_weight,
         bank=bank,
+        extra_logits=extra_logits,
+        query_group=query_group,
+        key_group=key_group,
+        bank_group=bank_group,
+        same_group=same_group,
+        margin=margin,
+        symmetric=symmetric,
+        reduction=reduction,
+    ).loss
+
+
+class Statistics(NamedTuple):
+    """The loss, and what :func:`hicl_fast.functional.info_nce_with_statistics` gives beside it, detached."""
+
+    loss: Tensor  # (), or (N,) with reduction="none"
+    positive: Tensor  # (N,) similarity of each row's positive
+    hardest: Tensor  # (N,) and of its hardest negative; −inf where there is none
+
+
+def info_nce_with_statistics(
+    query: Tensor,
+    key: Tensor,
+    *,
+    target: Tensor | None = None,
+    temperature: float | Tensor = 0.05,
+    negatives: Tensor | None = None,
+    hard_negative_weight: float = 0.0,
+    bank: Tensor | None = None,
+    extra_logits: Tensor | None = None,
+    query_group: Tensor | None = None,
+    key_group: Tensor | None = None,
+    bank_group: Tensor | None = None,
+    same_group: SameGroup = "exclude",
+    margin: float = 0.0,
+    symmetric: bool = False,
+    reduction: Reduction = "mean",
+) -> Statistics:
+    """:func:`info_nce`, and each row's similarities with its positive and with its hardest negative."""
+    of_rows = functools.partial(
+        _rows,
+        negatives=negatives,
+        hard_negative_weight=hard_negative_weight,
+        bank=bank,
+        bank_group=bank_group,
         extra_logits=extra_logits,
         temperature=temperature,
         same_group=same_group,
         margin=margin,
     )
-    rows = row_losses(query, key, target, query_group, key_group)
+    rows = of_rows(query, key, target, query_group, key_group)
     if symmetric:
-        rows = (rows + row_losses(key, query, target, key_group, query_group)) / 2
+        columns = of_rows(key, query, target, key_group, query_group)
+        rows = rows._replace(loss=(rows.loss + columns.loss) / 2)
     if reduction == "none":
         return rows
-    return rows.mean() if reduction == "mean" else rows.sum()
+    return rows._replace(loss=rows.loss.mean() if reduction == "mean" else rows.loss.sum())
 
 
 def normalise(x: Tensor) -> Tensor:
@@ -64,7 +113,7 @@ def normalise(x: Tensor) -> Tensor:
     return torch.where(is_zero, torch.zeros_like(x), unit)
 
 
-def _row_losses(
+def _rows(
     query: Tensor,
     key: Tensor,
     target: Tensor | None,
@@ -74,51 +123,61 @@ def _row_losses(
     negatives: Tensor | None,
     hard_negative_weight: float,
     bank: Tensor | None,
+    bank_group: Tensor | None,
     extra_logits: Tensor | None,
     temperature: float | Tensor,
     same_group: SameGroup,
     margin: float,
-) -> Tensor:  # (N,)
+) -> Statistics:
     n, m = query.shape[0], key.shape[0]
-    row = torch.arange(n, device=query.device)
-    target = row if target is None else target
+    target = torch.arange(n, device=query.device) if target is None else target
     dtype = _sum_type(query, key, negatives, bank, extra_logits)
-    unit_query, unit_key = normalise(query.to(dtype)), normalise(key.to(dtype))
+    unit_query = normalise(query.to(dtype))
+    similarity = unit_query @ normalise(key.to(dtype)).T  # (N, M)
+    positive = similarity.gather(1, target[:, None]).squeeze(1)  # (N,)
+    is_target = target[:, None] == torch.arange(m, device=query.device)  # (N, M)
+    key_logits = torch.where(is_target, _with_margin(positive, margin)[:, None], similarity) / temperature
+    positive_logit = key_logits.gather(1, target[:, None]).squeeze(1)
 
-    key_logits = _with_margin(unit_query @ unit_key.T, row, target, margin) / temperature  # (N, M)
-    positive = key_logits[row, target]  # (N,)
-
-    is_target = torch.zeros(n, m, dtype=torch.bool, device=query.device)
-    is_target[row, target] = True
     in_group = is_target
     if query_group is not None and key_group is not None:
         in_group = in_group | (query_group[:, None] == key_group[None, :])
     left_out = in_group if same_group == "exclude" else is_target
     denominator = [key_logits.masked_fill(left_out, -torch.inf)]  # everything but the positive, which is added last
+    competing = [similarity.masked_fill(is_target if same_group == "negative" else in_group, -torch.inf)]
 
     if negatives is not None:
-        logits = unit_query @ normalise(negatives.to(dtype)).T / temperature  # (N, P)
-        own = torch.zeros_like(logits)
-        own.fill_diagonal_(hard_negative_weight)
-        denominator.append(logits + own)
+        competing.append(unit_query @ normalise(negatives.to(dtype)).T)  # (N, P)
+        logits = competing[-1] / temperature
+        if hard_negative_weight != 0.0:
+            logits = logits + hard_negative_weight * torch.eye(n, dtype=dtype, device=query.device)
+        denominator.append(logits)
+    positives = [(key_logits, in_group)]  # where groups make them
     if bank is not None:
-        denominator.append(unit_query @ normalise(bank.detach().to(dtype)).T / temperature)
+        similarity = unit_query @ normalise(bank.detach().to(dtype)).T  # (N, B)
+        in_group = torch.zeros_like(similarity, dtype=torch.bool)
+        if bank_group is not None and query_group is not None:
+            in_group = query_group[:, None] == bank_group[None, :]
+        logits = similarity / temperature
+        competing.append(similarity if same_group == "negative" else similarity.masked_fill(in_group, -torch.inf))
+        denominator.append(logits.masked_fill(in_group, -torch.inf) if same_group == "exclude" else logits)
+        positives.append((logits, in_group))
     if extra_logits is not None:
         denominator.append(extra_logits.to(dtype))
 
-    loss = _log1p_ratio(torch.cat(denominator, dim=1), positive)
+    loss = _log1p_ratio(torch.cat(denominator, dim=1), positive_logit)
     if same_group == "positive":
-        mean_positive = (key_logits * in_group).sum(dim=1) / in_group.sum(dim=1)
-        loss = loss + positive - mean_positive
-    return loss
+        total = sum((logits * is_positive).sum(dim=1) for logits, is_positive in positives)
+        mean_positive = total / sum(is_positive.sum(dim=1) for _, is_positive in positives)
+        loss = loss + positive_logit - mean_positive
+    return Statistics(loss, positive.detach(), torch.cat(competing, dim=1).detach().amax(dim=1))
 
 
-def _with_margin(similarity: Tensor, row: Tensor, target: Tensor, margin: float) -> Tensor:
-    """The positive's similarity becomes ``cos(θ + margin)``."""
+def _with_margin(positive: Tensor, margin: float) -> Tensor:
+    """The positive's similarity becomes ``cos(θ + margin)``. (N,) -> (N,)."""
     if margin == 0.0:
-        return similarity
-    theta = torch.arccos(similarity[row, target].clamp(-1 + ANGLE_CLAMP, 1 - ANGLE_CLAMP))
-    return similarity.index_put((row, target), torch.cos(theta + margin))
+        return positive
+    return torch.cos(torch.arccos(positive.clamp(-1 + ANGLE_CLAMP, 1 - ANGLE_CLAMP)) + margin)
 
 
 def _log1p_ratio(negative: Tensor, positive: Tensor) -> Tensor:

@@ -85,6 +85,8 @@ def paradigm(
     margin = DEFAULT_MARGIN[objective] if margin is None else margin
     if objective in ("info_nce", "arccon"):
         return info_nce(u, v, temperature=temperature, margin=margin)
+    if len(u) == 1 and objective in (*HINGES, "custom"):  # no negatives
+        return (u - u).sum() + (v - v).sum()
     if objective in HINGES:
         return _hinge(u @ v.T, objective, margin).mean()
     if objective == "custom":
@@ -288,8 +290,12 @@ def _mhe(u: Tensor, v: Tensor, modified: Collection[str], temperature: float, st
     pull: Tensor | float = 0.0
     uniformity: Tensor | float = 0.0
     for x in (u, v):
+        if len(x) == 1:  # no pairs, and no weights that come from them
+            pull = pull + (0.0 if "w" in modified else 1.0)
+            continue
         s = x @ x.T / (temperature if "w" in modified else 1.0)
-        among_pairs = torch.logsumexp(s[torch.ones_like(s).tril(-1).bool()], dim=0)
+        once = torch.ones(s.shape, dtype=torch.bool, device=s.device).tril(-1)
+        among_pairs = torch.logsumexp(s.masked_fill(~once, -torch.inf).flatten(), dim=0)
         uniformity = uniformity + among_pairs
         if "w" in modified:
             row_lse = torch.logsumexp(s.masked_fill(_diagonal(s), -torch.inf), dim=1)
@@ -304,6 +310,9 @@ def _mhs(u: Tensor, v: Tensor, modified: Collection[str], strength: float, ratio
     pull: Tensor | float = 0.0
     nearest: Tensor | float = 0.0
     for x, y in ((u, v.detach()), (v, u.detach())):
+        if len(x) == 1:  # no neighbour, as one that is infinitely far
+            pull = pull + (0.0 if "r" in modified else 1.0)
+            continue
         s = x @ y.T
         hardest = s.gather(1, pair_statistics(s, 1.0).nearest[:, None]).squeeze(1)
         distance = ((2 - 2 * hardest).clamp_min(0.0) + DISTANCE_FLOOR).sqrt()
@@ -324,7 +333,9 @@ def _gradient_form(
 ) -> Tensor:
     n, s = len(x), (z @ z.T).detach()
     own = _diagonal(s)
-    if "w" in modified:
+    if n == 1 and "w" in modified:
+        weight = torch.zeros_like(s)  # a share of a sum over no pairs
+    elif "w" in modified:
         weight = (s / temperature - torch.logsumexp((s / temperature).masked_fill(own, -torch.inf).flatten(), 0)).exp()
     else:
         weight = 2 * s / n**2

@@ -24,13 +24,18 @@ class ModelArguments:
             "and a small random BERT, with nothing downloaded"
         }
     )
-    pooler_type: str = _option("cls", f"sentence embedding from token embeddings: {', '.join(POOLERS)}")  # type: ignore[assignment]
+    pooler_type: str | None = _option(  # type: ignore[assignment]
+        None,
+        f"sentence embedding from token embeddings: {', '.join(POOLERS)}; default: what the model's folder says (its "
+        "config or sentence-transformers' modules), otherwise cls",
+    )
     mlp_only_train: bool = _option(False, "use the MLP of --pooler_type cls in training only")  # type: ignore[assignment]
     freeze_word_embeddings: bool = _option(False, "do not train the table of word embeddings")  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        _check_choice("pooler_type", self.pooler_type, POOLERS)
-        if self.mlp_only_train and self.pooler_type != "cls":
+        if self.pooler_type is not None:
+            _check_choice("pooler_type", self.pooler_type, POOLERS)
+        if self.mlp_only_train and self.pooler_type not in (None, "cls"):
             raise ValueError(
                 f"mlp_only_train: expected --pooler_type cls, the one with an MLP, got {self.pooler_type!r}"
             )
@@ -40,8 +45,8 @@ class ModelArguments:
 class DataArguments:
     train_file: str = field(
         metadata={
-            "help": "text of one document a line; or a .csv with a heading and 1 to 3 columns: "
-            "sentence, positive, hard negative"
+            "help": "text of one document a line; or .csv, .tsv or .jsonl whose columns are named: sentence, positive, "
+            "hard negatives, as sent0,sent1,hard_neg; any of them also as .gz"
         }
     )
     max_seq_length: int | None = _option(  # type: ignore[assignment]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+UNFINISHED = ".unfinished-"  # folders that a checkpoint is written in before it is moved to its place
+
 
 def choose_checkpoint(
     output_dir: str | Path, resume_from: str | None, *, world_size: int = 1, overwrite: bool = False
@@ -39,7 +41,7 @@ def choose_checkpoint(
 
 
 def delete_checkpoints(output_dir: str | Path) -> None:
-    for folder in _checkpoints(Path(output_dir)):
+    for folder in (*_checkpoints(Path(output_dir)), *Path(output_dir).glob(f"{UNFINISHED}*")):
         shutil.rmtree(folder)
 
 

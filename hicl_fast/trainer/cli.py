@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from hicl_fast.trainer.checks import LossMismatch
 from hicl_fast.trainer.encoder import SentenceEncoder
 from hicl_fast.trainer.methods import METHODS, Method
 from hicl_fast.trainer.model import POOLING_KEY, load_encoder, load_tokenizer, max_tokens, renew_pooler
+from hicl_fast.trainer.rescue import Stopped
 from hicl_fast.trainer.slicing import ViewCollator
 from hicl_fast.trainer.text import TrainingText, read_training_text
 from hicl_fast.trainer.trainer import ContrastiveTrainer
@@ -43,6 +45,10 @@ def main(argv: list[str] | None = None) -> None:
         train(argv)
     except (ValueError, OSError, LossMismatch) as error:
         sys.exit(f"error: {error}")
+    except Stopped as stopped:
+        sys.exit(128 + stopped.number)  # as a shell reports a program that a signal ended
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def train(argv: list[str] | None = None) -> dict[str, float | None]:
@@ -51,15 +57,20 @@ def train(argv: list[str] | None = None) -> dict[str, float | None]:
     Raises:
         ValueError, OSError: an argument or a file is not as expected.
         LossMismatch: ``--check_every`` found the fused loss wrong.
+        Stopped: Ctrl-C or SIGTERM. Then, as when a step fails, what was trained is in a checkpoint.
     """
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, MethodArguments, TrainingArguments), prog="python -m hicl_fast.trainer"
     )  # type: ignore[arg-type]
     args = Arguments(*parser.parse_args_into_dataclasses(argv))
     trainer, checkpoint = build(args)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_model()
-    trainer.save_state()
+    stop = trainer.last_step.stop
+    with stop.heard():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.save_model()
+        trainer.save_state()
+    if stop.asked is not None:  # in the last step: it is done but for the report
+        raise Stopped(stop.asked)
     return report(args) if trainer.is_world_process_zero() else {}
 
 
@@ -74,12 +85,13 @@ def build(args: Arguments) -> tuple[ContrastiveTrainer, Path | None]:
     development = read_development_task(args)
     text = read_training_text(args.data.train_file, args.data.max_train_samples)
     logger.info("%s: %d rows, %d empty ones skipped", args.data.train_file, len(text.rows), text.skipped)
+    check_columns(args.method, text.columns)
 
     checkpoint = choose_checkpoint(args, output_dir)
     set_seed(training.seed)
     source = checkpoint or model_source(args, text, output_dir)
     tokenizer = load_tokenizer(source)
-    encoder, pooler_type = load_encoder(source, args.model.pooler_type)
+    encoder, pooler_type = load_encoder(source, asked_pooler(args.model), default="cls")
     if pooler_type == "cls" and getattr(encoder.config, POOLING_KEY, None) != "cls":
         renew_pooler(encoder)
     if args.model.freeze_word_embeddings:
@@ -101,6 +113,24 @@ def build(args: Arguments) -> tuple[ContrastiveTrainer, Path | None]:
         eval_dataset=development,
     )
     return trainer, checkpoint
+
+
+def check_columns(args: MethodArguments, columns: int) -> None:
+    """No column is ignored."""
+    most = METHODS[args.method].most_columns
+    if most is not None and columns > most:
+        takes = "documents only" if most == 1 else "sentences, or pairs of them"
+        raise ValueError(f"train_file: --method {args.method} expects {takes}, got {columns} columns")
+    if args.hard_negative_weight and columns > 3:
+        raise ValueError(
+            "hard_negative_weight: expected 0 with several hard negatives a row, none of which is the row's own, "
+            f"got {args.hard_negative_weight} with {columns} columns"
+        )
+
+
+def asked_pooler(args: ModelArguments) -> str | None:
+    """None: what the model's folder says; an MLP in training only is one of ``cls``, though it isn't recorded."""
+    return "cls" if args.mlp_only_train else args.pooler_type
 
 
 def read_development_task(args: Arguments) -> Task | None:
@@ -158,11 +188,6 @@ def collator(
         raise ValueError(f"{name}: expected {shortest} to {longest} tokens, as the model takes, got {segment_length}")
     if total < segment_length:
         raise ValueError(f"max_seq_length: expected at least one segment of {segment_length} tokens, got {total}")
-    if method.segmented and text.columns > 1:
-        raise ValueError(
-            f"train_file: --method {args.method.method} expects documents only, since a pair's segments do not match; "
-            f"got {text.columns} columns"
-        )
     return ViewCollator(tokenizer, segment_length, max_segments=total // segment_length)
 
 

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import hicl_fast.functional as HF
-from hicl_fast.trainer.model import load_encoder, load_tokenizer, max_tokens
+from hicl_fast.trainer.model import UNLIMITED, is_own_folder, load_encoder, load_tokenizer, max_positions, max_tokens
+from hicl_fast.trainer.modules import read_modules
 from hicl_fast.trainer.slicing import slice_documents
 from hicl_fast.trainer.token_pooling import embed
+
+MODEL_HELP = "a folder of sentence-transformers or of the trainer, or any encoder transformers can load"
+POOLER_HELP = "default: what the folder's modules.json or config says, otherwise avg"
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 
 class SentenceEncoder:
@@ -63,31 +71,45 @@ class SentenceEncoder:
         device: str | None = None,
         **options: int | None,
     ) -> SentenceEncoder:
-        """Opens a folder the trainer wrote, or any encoder transformers can load; the pooler type is read from its config."""
+        """Opens a folder the trainer wrote, a sentence-transformers folder, or any encoder transformers can load.
+
+        A folder with a modules.json gives exactly sentence-transformers' embeddings, whatever it lists; ``pooler_type``
+        overrides that. Otherwise the pooler type is as given, as the model's config records, or ``avg``.
+
+        Raises:
+            ValueError: the folder needs sentence-transformers, which isn't installed, or holds no encoder.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if pooler_type is None and read_modules(name_or_path) is not None:
+            is_own, max_seq_length = is_own_folder(name_or_path)
+            if not is_own:
+                return SentenceTransformersEncoder(_open_sentence_transformer(name_or_path, device), **options)  # type: ignore[arg-type]
+            if options.get("max_seq_length") is None and options.get("segment_length") is None:
+                options["max_seq_length"] = max_seq_length
         model, pooler_type = load_encoder(name_or_path, pooler_type)
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+        model.to(device)  # type: ignore[arg-type]
         return cls(model, load_tokenizer(name_or_path), pooler_type, **options)  # type: ignore[arg-type]
 
     @property
     def description(self) -> str:
-        cut = (
-            f"segments of {self.segment_length} tokens"
-            if self.max_segments > 1
-            else f"at most {self.segment_length} tokens"
-        )
-        return f"{self.pooler_type} pooling, {cut}"
+        if self.max_segments > 1:
+            return f"{self.pooler_type} pooling, segments of {self.segment_length} tokens"
+        return f"{self.pooler_type} pooling, {_at_most(self.segment_length)}"
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:
         """(n, D) float32 on the CPU, one row for each of the n texts."""
         distinct = sorted(set(texts), key=len, reverse=True)  # similar lengths together: little padding
+        row = {text: index for index, text in enumerate(distinct)}
+        return self._encode_distinct(distinct)[torch.tensor([row[text] for text in texts])]
+
+    def _encode_distinct(self, texts: list[str]) -> Tensor:
         was_training = self.model.training
         self.model.eval()
-        batches = (distinct[start : start + self.batch_size] for start in range(0, len(distinct), self.batch_size))
+        batches = (texts[start : start + self.batch_size] for start in range(0, len(texts), self.batch_size))
         embeddings = torch.cat([self._encode_batch(batch) for batch in batches])
         self.model.train(was_training)
-        row = {text: index for index, text in enumerate(distinct)}
-        return embeddings[torch.tensor([row[text] for text in texts])]
+        return embeddings
 
     def _encode_batch(self, texts: list[str]) -> Tensor:
         segments = slice_documents(self.tokenizer, texts, self.segment_length, self.max_segments)
@@ -96,3 +118,65 @@ class SentenceEncoder:
         if self.max_segments > 1:
             embeddings = HF.segment_pool(embeddings, segments.offsets.to(mask.device), mask.sum(dim=1))
         return embeddings.cpu()
+
+
+class SentenceTransformersEncoder(SentenceEncoder):
+    """A sentence-transformers model, which embeds as it would there: pooling, further modules, prompt and all.
+
+    Args:
+        model: the model, with its default prompt.
+        max_seq_length: tokens kept of a text; default: as the model has it, and no more than it has positions for.
+        segment_length: none; the modules embed whole texts.
+        batch_size: texts at a time.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *,
+        max_seq_length: int | None = None,
+        segment_length: int | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        if segment_length is not None:
+            raise ValueError(
+                "segment_length: expected none with a sentence-transformers folder, whose modules embed whole texts, "
+                f"got {segment_length}; a pooler type takes its encoder alone"
+            )
+        self.model, self.batch_size = model, batch_size
+        encoder = getattr(model[0], "auto_model", None)
+        longest = (None if encoder is None else max_positions(encoder)) or UNLIMITED
+        if max_seq_length is not None and not 1 <= max_seq_length <= longest:
+            raise ValueError(
+                f"max_seq_length: expected 1 to {longest} tokens, as the model takes, got {max_seq_length}"
+            )
+        if max_seq_length is not None or (model.max_seq_length or UNLIMITED) > longest:
+            model.max_seq_length = max_seq_length or longest
+
+    @property
+    def description(self) -> str:
+        modules = ", ".join(type(module).__name__ for module in self.model)
+        prompt = self.model.default_prompt_name
+        with_prompt = "" if prompt is None else f" with the prompt {prompt!r}"
+        return f"{modules} of sentence-transformers{with_prompt}, {_at_most(self.model.max_seq_length)}"
+
+    def _encode_distinct(self, texts: list[str]) -> Tensor:
+        embeddings = self.model.encode(
+            texts, batch_size=self.batch_size, show_progress_bar=False, convert_to_tensor=True
+        )
+        return embeddings.float().cpu()
+
+
+def _open_sentence_transformer(name_or_path: str | Path, device: str) -> SentenceTransformer:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise ValueError(
+            f"model_name_or_path: {name_or_path} is a sentence-transformers folder, whose embeddings need that library: "
+            "pip install 'hicl-fast[sentence-transformers]'; a pooler type takes its encoder alone"
+        ) from None
+    return SentenceTransformer(str(name_or_path), device=device, trust_remote_code=False)
+
+
+def _at_most(tokens: float | None) -> str:
+    return "all tokens" if tokens is None or tokens >= UNLIMITED else f"at most {tokens} tokens"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +25,13 @@ def embed_in_chunks(model: nn.Module, encode: Encode, num_rows: int, chunk_size:
         encode: embeds some rows of the batch with the model.
         num_rows: R, of the batch.
         chunk_size: rows at a time.
-        device: where the model draws random numbers beside the CPU.
+        device: where the batch is. Random numbers may be drawn there, wherever the model has parameters, and on the CPU.
 
     Returns:
         (R, D); its backward pass adds to the gradients of the model's parameters.
+
+    Raises:
+        ValueError: a device is of a kind whose random state PyTorch can't keep.
     """
     chunks = [slice(begin, min(begin + chunk_size, num_rows)) for begin in range(0, num_rows, chunk_size)]
     trigger = torch.empty(0, requires_grad=True)  # a backward pass begins only where something requires a gradient
@@ -36,25 +39,48 @@ def embed_in_chunks(model: nn.Module, encode: Encode, num_rows: int, chunk_size:
 
 
 class RandomState(NamedTuple):
-    """Of the CPU's generator and a GPU's."""
+    """Of the CPU's generator and those of other devices, whatever their kind."""
 
     cpu: Tensor
-    cuda: Tensor | None
-    device: torch.device
+    others: dict[torch.device, Tensor]
 
     @classmethod
-    def now(cls, device: torch.device) -> RandomState:
-        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(torch.get_rng_state(), cuda, device)
+    def now(cls, devices: Iterable[torch.device]) -> RandomState:
+        return cls(torch.get_rng_state(), {device: _generators(device).get_rng_state(device) for device in devices})
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        for device, state in self.others.items():
+            _generators(device).set_rng_state(state, device)
 
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
         """As it was, for the time of the context."""
-        with torch.random.fork_rng([] if self.cuda is None else [self.device]):
-            torch.set_rng_state(self.cpu)
-            if self.cuda is not None:
-                torch.cuda.set_rng_state(self.cuda, self.device)
+        outside = RandomState.now(self.others)
+        try:
+            self.restore()
             yield
+        finally:
+            outside.restore()
+
+
+def random_devices(model: nn.Module, device: torch.device) -> set[torch.device]:
+    """Where, beside the CPU, a model that is fed on a device may draw random numbers."""
+    devices = {device, *(parameter.device for parameter in model.parameters())}
+    if isinstance(model, nn.DataParallel):  # its replicas draw on devices of their own
+        devices |= {torch.device(device.type, index) for index in model.device_ids}
+    return {device for device in devices if device.type not in ("cpu", "meta")}
+
+
+def _generators(device: torch.device) -> Any:
+    """PyTorch's module for a kind of device, with the state of its generators."""
+    module = getattr(torch, device.type, None)
+    if not (hasattr(module, "get_rng_state") and hasattr(module, "set_rng_state")):
+        raise ValueError(
+            f"device: expected one whose random state torch.{device.type} can keep, so that a chunk's second pass drops "
+            f"what its first did, got {device}; gradient caching can't be had there"
+        )
+    return module
 
 
 class _Chunked(torch.autograd.Function):
@@ -65,9 +91,9 @@ class _Chunked(torch.autograd.Function):
         kind = device.type
         ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.model, ctx.encode, ctx.chunks, ctx.states = model, encode, chunks, []
-        embeddings = []
+        embeddings, devices = [], random_devices(model, device)
         for rows in chunks:
-            ctx.states.append(RandomState.now(device))
+            ctx.states.append(RandomState.now(devices))
             embeddings.append(encode(rows))
         return torch.cat(embeddings)
 

@@ -21,7 +21,7 @@ class Views(NamedTuple):
 
     anchor: Tensor  # (S, D)
     positive: Tensor  # (S, D)
-    negative: Tensor | None  # (S, D)
+    negative: Tensor | None  # (P, D), each hard negative's column after the other; P = S where there is one
     offsets: Tensor  # (B + 1,) int64
     lengths: Tensor  # (S,) int64, tokens of each segment
 
@@ -30,6 +30,7 @@ class Method(Protocol):
     """What the trainer asks of a method."""
 
     segmented: ClassVar[bool]  # cut documents into segments?
+    most_columns: ClassVar[int | None]  # of the text: 1 sentence, 2 and positive, None and any number of hard negatives
     max_seq_length: ClassVar[int]  # default of the argument
     fused: Any  # the loss module: ``last`` holds scalars for the log, ``state_dict`` what a checkpoint must keep
 
@@ -47,9 +48,10 @@ class Method(Protocol):
 
 
 class SimCSE:
-    """A sentence against itself under another dropout mask, or its labelled positive and hard negative."""
+    """A sentence against itself under another dropout mask, or its labelled positive and hard negatives."""
 
     segmented: ClassVar[bool] = False
+    most_columns: ClassVar[int | None] = None
     max_seq_length: ClassVar[int] = 32
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes()
 
@@ -99,6 +101,7 @@ class HiCL:
     """Segments against themselves (local) and the documents pooled from them (global)."""
 
     segmented: ClassVar[bool] = True
+    most_columns: ClassVar[int | None] = 1  # a pair's segments don't match
     max_seq_length: ClassVar[int] = 512
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes()
 

@@ -20,6 +20,7 @@ class GradientParadigm:
     """A sentence against itself under another dropout mask, or its labelled positive, by ``--objective``."""
 
     segmented: ClassVar[bool] = False
+    most_columns: ClassVar[int | None] = 2
     max_seq_length: ClassVar[int] = 32
 
     def __init__(self, args: MethodArguments, seed: int = 0) -> None:
@@ -34,10 +35,6 @@ class GradientParadigm:
         )
 
     def loss(self, views: Views) -> Tensor:
-        if views.negative is not None:
-            raise ValueError(
-                "train_file: expected sentences, or pairs of them, with --method paradigm, got hard negatives"
-            )
         return self.fused(views.anchor, views.positive)
 
     def reference(self, views: Views) -> Tensor:

@@ -41,7 +41,7 @@ def slice_documents(
         if counts[document] < max_segments:
             counts[document] += 1
             kept.append(ids)
-    padded = tokenizer.pad({"input_ids": kept}, return_tensors="pt")
+    padded = tokenizer.pad({"input_ids": kept}, padding_side="right", return_tensors="pt")
     offsets = torch.tensor([0, *counts]).cumsum(0)
     return Segments(padded["input_ids"], padded["attention_mask"], offsets)
 

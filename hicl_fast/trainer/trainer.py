@@ -15,11 +15,14 @@ from hicl_fast.trainer.encoder import SentenceEncoder
 from hicl_fast.trainer.gradient_cache import embed_in_chunks
 from hicl_fast.trainer.methods import Method, Views
 from hicl_fast.trainer.model import POOLING_KEY, write_sentence_transformers_files
+from hicl_fast.trainer.rescue import LastStep
 from hicl_fast.trainer.token_pooling import embed
 
 
 class ContrastiveTrainer(Trainer):
     """Trains an encoder with one of the methods.
+
+    When a step fails, or the run is stopped, the last complete step is saved as a checkpoint to go on from.
 
     Args:
         method: computes the loss.
@@ -49,6 +52,15 @@ class ContrastiveTrainer(Trainer):
         setattr(self.model.config, POOLING_KEY, saved_pooler_type)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch: accumulation has to average it
         self._last_checked = -1
+        self.last_step = LastStep(self)
+        self.add_callback(self.last_step)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        except BaseException as failure:
+            self.last_step.save(failure)
+            raise
 
     def compute_loss(
         self,
@@ -61,8 +73,9 @@ class ContrastiveTrainer(Trainer):
         lengths = inputs["attention_mask"].chunk(self.num_views)[0].sum(dim=1)
 
         def views(rows: Tensor) -> Views:
-            anchor, positive, *negative = rows.chunk(self.num_views)
-            return Views(anchor, positive, negative[0] if negative else None, inputs["offsets"], lengths)
+            size = len(lengths)
+            negative = rows[2 * size :] if self.num_views > 2 else None
+            return Views(rows[:size], rows[size : 2 * size], negative, inputs["offsets"], lengths)
 
         loss = self.method.loss(views(embeddings))
         if self._check_is_due():

@@ -95,7 +95,7 @@ def test_what_can_not_be_mixed() -> None:
 
 def too_few_on_rank(rank: int, size: int) -> str:
     group = torch.zeros(2, dtype=torch.int64) if rank == 0 else torch.tensor([0, 1])
-    loss_fn = FusedInfoNCELoss(hard_negative_mixing=HardNegativeMixing(k=size), gather=True)
+    loss_fn = FusedInfoNCELoss(hard_negative_mixing=HardNegativeMixing(k=size, require_k=True), gather=True)
     with pytest.raises(ValueError) as raised:
         loss_fn(torch.ones(2, 3), torch.ones(2, 3), query_group=group, key_group=group)
     return str(raised.value)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hicl_fast.integrations.grad_cache import FusedContrastiveLoss
+from tests.distributed.cluster import Cluster, RankError
 
 
 def batch(n: int, d: int = 8, seed: int = 0) -> Tensor:
@@ -56,7 +59,61 @@ def test_a_given_target() -> None:
         torch.testing.assert_close(FusedContrastiveLoss()(query, key, target, reduction=reduction), wanted)
 
 
+UNEQUAL = (4, 1, 3)
+
+
+def parts(keys_per_query: int) -> list[list[Tensor]]:
+    """Each process's queries and keys."""
+    queries, keys = batch(sum(UNEQUAL)), batch(sum(UNEQUAL) * keys_per_query, seed=1)
+    counts = [n * keys_per_query for n in UNEQUAL]
+    return [list(pair) for pair in zip(queries.split(UNEQUAL), keys.split(counts), strict=True)]
+
+
+def on_rank(rank: int, size: int, keys_per_query: int, target: Tensor | None) -> list[Tensor]:
+    leaves = [x.requires_grad_() for x in parts(keys_per_query)[rank]]
+    loss = FusedContrastiveLoss(0.1, gather=True)(*leaves, target=target)
+    loss.backward()
+    return [loss.detach(), *(x.grad for x in leaves)]
+
+
+@pytest.mark.parametrize("has_target", [False, True])
+@pytest.mark.parametrize("keys_per_query", [1, 3])
+def test_all_processes(clusters: Callable[[int], Cluster], keys_per_query: int, has_target: bool) -> None:
+    """Processes of unequal batches each have the joined batch's loss, and its gradients for their own rows."""
+    rule = torch.arange(sum(UNEQUAL)) * keys_per_query
+    target = rule.flip(0) if has_target else None
+    whole = [torch.cat(column).requires_grad_() for column in zip(*parts(keys_per_query), strict=True)]
+    logits = F.normalize(whole[0], dim=1) @ F.normalize(whole[1], dim=1).T / 0.1
+    loss = F.cross_entropy(logits, rule if target is None else target)
+    loss.backward()
+    ranks = clusters(3).run(on_rank, keys_per_query, target)
+    for place, x in enumerate(whole, start=1):
+        torch.testing.assert_close(torch.cat([found[place] for found in ranks]), x.grad)
+    for found in ranks:
+        torch.testing.assert_close(found[0], loss.detach())
+
+
+def with_other_rules(rank: int, size: int) -> None:
+    FusedContrastiveLoss(0.1, gather=True)(batch(2), batch(2 if rank == 0 else 6))
+
+
+def with_a_bad_batch(rank: int, size: int) -> None:
+    FusedContrastiveLoss(0.1, gather=True)(batch(2), batch(4 if rank == 0 else 3))
+
+
+def test_processes_fail_together(clusters: Callable[[int], Cluster]) -> None:
+    """Joined, 2 + 6 + 6 keys would be a multiple of the queries, of whom the first would find others' keys."""
+    with pytest.raises(RankError, match="rank 0: keys for each query 1\n.*rank 1: keys for each query 3"):
+        clusters(3).run(with_other_rules)
+    with pytest.raises(RankError, match="rank 1: ValueError: key: expected a multiple of 2 rows"):
+        clusters(3).run(with_a_bad_batch)
+
+
 def test_errors() -> None:
+    with pytest.raises(TypeError, match="gather: expected True or False"):
+        FusedContrastiveLoss(gather="ring")
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        FusedContrastiveLoss(backend="nonsense")
     with pytest.raises(ValueError, match="key: expected a multiple of 3 rows"):
         FusedContrastiveLoss()(batch(3), batch(5))
     with pytest.raises(ValueError, match="temperature"):

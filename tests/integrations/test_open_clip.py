@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import hicl_fast
-from tests.distributed.cluster import Cluster
+from tests.distributed.cluster import Cluster, RankError
 
 spec = importlib.util.find_spec("open_clip")
 if spec is None:
@@ -231,6 +231,62 @@ def test_distributed_data_parallel(
     if options["gather_with_grad"]:
         for got, expected in zip(mine, trained_on_joined_batches(size, lock_image) * size, strict=True):
             assert_same(got[1:], expected, rtol=1e-10, atol=1e-12)
+
+
+UNEQUAL = (4, 1, 3)
+
+
+def unequal_rows(rank: int | None = None) -> list[Tensor]:
+    both = features(n=sum(UNEQUAL), norm=1.0)
+    return both if rank is None else [x.split(UNEQUAL)[rank] for x in both]
+
+
+def unequal_on_rank(rank: int, size: int, options: dict[str, bool]) -> list[Tensor]:
+    """The loss and DDP's averaged gradients, then those of the features themselves."""
+    model = DistributedDataParallel(TwoTowers(False, torch.float64))
+    loss = fused.ClipLoss(**options, cache_labels=True, rank=rank, world_size=size)
+    value = loss(*model(*unequal_rows(rank)))
+    value.backward()
+    return [value.detach(), *gradients(model), *evaluate(loss, unequal_rows(rank), bias=True)[1:3]]
+
+
+@GATHERING
+def test_unequal_processes(clusters: Callable[[int], Cluster], options: dict[str, bool]) -> None:
+    """The mean over the processes is the joined batch's loss; with gather_with_grad its gradients are."""
+    ranks = clusters(3).run(unequal_on_rank, options)
+    model = TwoTowers(False, torch.float64)
+    loss = original.ClipLoss()(*model(*unequal_rows()))
+    loss.backward()
+    torch.testing.assert_close(torch.stack([found[0] for found in ranks]).mean(), loss.detach())
+    if not options["local_loss"]:
+        assert all(torch.equal(found[0], ranks[0][0]) for found in ranks)
+    if options["gather_with_grad"]:
+        for found in ranks:
+            assert_same(found[1:-2], gradients(model) if found is ranks[0] else ranks[0][1:-2], rtol=1e-10, atol=1e-12)
+    if options["gather_with_grad"] or not options["local_loss"]:
+        whole = evaluate(original.ClipLoss(), unequal_rows(), bias=True)[1:3]
+        divisor = 3 if options["gather_with_grad"] else 1  # of the sum over the processes; else of the own loss alone
+        for place, expected in zip((-2, -1), whole, strict=True):
+            assert_same([torch.cat([found[place] for found in ranks]) / divisor], [expected], rtol=1e-10, atol=1e-12)
+
+
+def bad_on_rank(rank: int, size: int, options: dict[str, Any]) -> list[Tensor]:
+    return evaluate(fused.ClipLoss(**{"rank": rank, "world_size": size, **options}), unequal_rows(rank))
+
+
+def mixed_up_on_rank(rank: int, size: int) -> list[Tensor]:
+    return bad_on_rank(rank, size, {"local_loss": rank == 0})
+
+
+def test_what_processes_are_refused(clusters: Callable[[int], Cluster]) -> None:
+    with pytest.raises(RankError, match="world_size: expected 3, as the process group has it, got 4"):
+        clusters(3).run(bad_on_rank, {"world_size": 4})
+    with pytest.raises(RankError, match="rank 0: local_loss True\n.*rank 1: local_loss False"):
+        clusters(3).run(mixed_up_on_rank)
+    with pytest.raises(ValueError, match="rank: expected 0 to 1, below world_size, got 2"):
+        fused.ClipLoss(rank=2, world_size=2)
+    with pytest.raises(TypeError, match="world_size: expected a whole number"):
+        fused.CoCaLoss(2.0, 1.0, world_size=1.5)
 
 
 def kept_on_rank(rank: int, size: int, fuse: bool, count: int, options: dict[str, bool]) -> int:

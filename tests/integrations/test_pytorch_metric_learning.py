@@ -248,3 +248,34 @@ def test_configuration() -> None:
         mine, theirs = pair(name, temperature=0.3)
         assert isinstance(mine, getattr(losses, name)) and mine.temperature == theirs.temperature
         assert type(mine.reducer) is type(theirs.reducer) and type(mine.distance) is type(theirs.distance)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["labels", "pairs"])
+@pytest.mark.parametrize(("dtype", "shape"), [(torch.float64, ()), (torch.float32, (1,))], ids=str)
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_learned_temperature(
+    name: str, distance: str, dtype: torch.dtype, shape: tuple[int, ...], given: bool
+) -> None:
+    pairs = lmu.get_all_pairs_indices(LABELS) if given else None
+    results = []
+    for module in (fused, losses):
+        temperature = torch.nn.Parameter(torch.full(shape, 0.3, dtype=dtype))
+        loss = getattr(module, name)(temperature=temperature, distance=DISTANCES[distance]())
+        found = evaluate(loss, [embeddings()], LABELS, pairs)
+        assert list(loss.state_dict()) == ["temperature"]
+        results.append([*found, temperature.grad])
+    assert_same(*results)
+
+
+def test_a_temperature_that_cannot_be() -> None:
+    for name in NAMES:
+        for bad in (0.0, -1.0, float("nan")):
+            with pytest.raises(ValueError, match="temperature: expected a number above 0"):
+                getattr(fused, name)(temperature=bad)
+        with pytest.raises(TypeError, match="temperature: expected a number"):
+            getattr(fused, name)(temperature="0.1")
+        with pytest.raises(
+            ValueError, match="temperature: expected a number or a tensor of one, got a tensor of shape"
+        ):
+            getattr(fused, name)(temperature=torch.ones(3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ st = pytest.importorskip("sentence_transformers")
 import hicl_fast.functional as HF  # noqa: E402
 from hicl_fast import HardNegativeMixing, PositiveMixing, reference  # noqa: E402
 from hicl_fast.integrations.sentence_transformers import FusedHiCLLoss, FusedHNCSELoss  # noqa: E402
-from hicl_fast.integrations.sentence_transformers.slicing import cut_into_segments  # noqa: E402
+from hicl_fast.integrations.sentence_transformers.slicing import cut_into_segments, embed_segments  # noqa: E402
 from hicl_fast.trainer.slicing import slice_documents  # noqa: E402
 from tests.integrations.conftest import TEXTS  # noqa: E402
 
@@ -63,6 +64,114 @@ def test_hicl(model: Any) -> None:
             got = loss([features(model, DOCUMENTS) for _ in range(num_columns)])
             torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5)
     assert loss.get_config_dict()["segment_length"] == 8 and "2310.09720" in loss.citation
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+SHORT, LONG = "a small boat : ", "she walked to the office instead of the park and the quiet town all day long : "
+
+
+@pytest.fixture
+def without_prompt(model: Any) -> Iterator[Any]:
+    model.eval()
+    model.set_pooling_include_prompt(False)
+    yield model
+    model.set_pooling_include_prompt(True)
+
+
+def prompted(model: Any, texts: list[str], prompt: str, kind: type = int) -> dict[str, Any]:
+    """As the trainer's collator has it."""
+    if hasattr(model, "preprocess"):
+        found = dict(model.preprocess(texts, prompt=prompt))
+    else:  # before 5.4
+        found = dict(model.tokenize([prompt + text for text in texts]))
+        found["prompt_length"] = model._get_prompt_length(prompt)
+    if kind is not int:
+        found["prompt_length"] = torch.tensor([found["prompt_length"]])
+    return found
+
+
+def segments_of(model: Any, found: dict[str, Any], segment_length: int, max_segments: int | None = None) -> Any:
+    loss = FusedHiCLLoss(model, segment_length=segment_length, max_segments=max_segments)
+    with torch.no_grad():
+        segmented = loss._cut(found)
+        return segmented, embed_segments(model, segmented)
+
+
+@pytest.mark.parametrize("kind", [int, Tensor])
+@pytest.mark.parametrize("prompt", [SHORT, LONG], ids=["short prompt", "long prompt"])
+def test_a_short_text_with_a_prompt_is_sentence_transformers(without_prompt: Any, prompt: str, kind: type) -> None:
+    texts = [*TEXTS[:3], "day", ""]
+    expected = without_prompt.encode(texts, prompt=prompt, convert_to_tensor=True)
+    segmented, got = segments_of(without_prompt, prompted(without_prompt, texts, prompt, kind), 500)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert segmented.offsets.tolist() == list(range(len(texts) + 1))
+
+
+@pytest.mark.parametrize("prompt", [SHORT, LONG], ids=["short prompt", "long prompt"])
+def test_only_the_first_segments_have_the_prompt(without_prompt: Any, prompt: str) -> None:
+    """A document's tokens in segments of 8; of each what the prompt leaves is pooled, and nothing twice or not at all."""
+    found = prompted(without_prompt, [*DOCUMENTS[1:], "day", ""], prompt)
+    length, room = found["prompt_length"] - 1, 6  # tokens of the prompt behind the first special one
+    segmented, got = segments_of(without_prompt, found, 8)
+    assert bool((got.norm(dim=1) > 1e-3).all())
+    wanted, lengths, counts = [], [], []
+    with torch.no_grad():
+        for ids, mask in zip(found["input_ids"], found["attention_mask"], strict=True):
+            start, *text, end = ids[mask.bool()].tolist()
+            pieces = [text[at : at + room] for at in range(0, len(text), room)]
+            kept = pieces[min(length // room, len(pieces) - 1) :]
+            for place, piece in enumerate(kept, start=len(pieces) - len(kept)):
+                left_out = max(0, min(length - place * room, len(piece)))
+                tokens = torch.tensor([[start, *piece, end]])
+                every = without_prompt[0]({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
+                pooled = every["token_embeddings"][0, left_out + 1 if left_out else 0 :]
+                wanted.append(pooled.mean(dim=0))
+                lengths.append(len(pooled))
+            counts.append(len(kept))
+    torch.testing.assert_close(got, torch.stack(wanted), rtol=1e-5, atol=1e-5)
+    assert segmented.lengths.tolist() == lengths and segmented.offsets.diff().tolist() == counts
+    few, _ = segments_of(without_prompt, found, 8, max_segments=2)
+    assert few.offsets.diff().tolist() == [min(count, 2) for count in counts]
+
+
+def test_a_prompt_that_is_embedded_is_text(model: Any) -> None:
+    model.eval()
+    found = prompted(model, DOCUMENTS, LONG)
+    plain = {name: value for name, value in found.items() if name != "prompt_length"}
+    (segmented, got), (expected, embedded) = (segments_of(model, dict(x), 8) for x in (found, plain))
+    assert torch.equal(got, embedded) and torch.equal(segmented.lengths, expected.lengths)
+
+
+def test_hicl_trains_with_prompts(without_prompt: Any) -> None:
+    without_prompt.train()
+    loss = FusedHiCLLoss(without_prompt, segment_length=8)
+    loss([prompted(without_prompt, DOCUMENTS, SHORT)]).backward()
+    assert sum(float(p.grad.abs().sum()) for p in without_prompt.parameters() if p.grad is not None) > 0
+    without_prompt.zero_grad()
+
+
+def test_constructors_check_their_options(model: Any) -> None:
+    for options, words in (
+        ({"segment_length": 0}, "segment_length: expected a whole number, at least 1, got 0"),
+        ({"segment_length": 2}, "segment_length: expected more than 2 special tokens, got 2"),
+        ({"max_segments": -1}, "max_segments: expected a whole number, at least 1, got -1"),
+        ({"same_sequence": "other"}, "same_sequence: expected one of"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            FusedHiCLLoss(model, **options)
+    with pytest.raises(TypeError, match="segment_length: expected a whole number"):
+        FusedHiCLLoss(None, segment_length=8.5)
+    with pytest.raises(TypeError, match="temperature: expected a number, got a tensor of shape"):
+        FusedHiCLLoss(None, torch.nn.Parameter(torch.tensor(0.05)))
+    with pytest.raises(ValueError, match="hard_negative_mixing: expected one of 'default', got 'none'"):
+        FusedHNCSELoss(None, hard_negative_mixing="none")
+    with pytest.raises(ValueError, match="sentence_features: expected at least one column"):
+        FusedHNCSELoss(model)([])
+    with pytest.raises(AttributeError):
+        FusedHNCSELoss(None).temperature = 0.1  # which would not reach the loss
+    with pytest.raises(ValueError, match="got 0 columns"):
+        FusedHiCLLoss(model)([])
 
 
 def test_hicl_trains_on_two_dropouts(model: Any) -> None:

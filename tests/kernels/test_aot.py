@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from hicl_fast.kernels import paradigm, rows, segment_pool, similarity  # noqa: E402
+from hicl_fast.kernels import paradigm, products, rows, segment_pool, similarity  # noqa: E402
 from hicl_fast.kernels.tiles import RowTile, narrow_tile, row_tile, similarity_tile  # noqa: E402
 
 from tests.conftest import INTERPRETING
@@ -111,6 +111,18 @@ def test_paradigm_kernels(arch: str, operand: str, table: list[str]) -> None:
         needs = resources_of(_compile_tiled(arch, operand, kernel, features))
         _check(arch, operand, name, needs, table)
         assert (needs.matrix_instructions > 0) == (operand != "fp32" or arch == "gfx942")
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_product_kernel(arch: str, table: list[str]) -> None:
+    tile = similarity_tile(arch, "fp32")
+    blocks = {"BLOCK_ROWS": tile.rows, "BLOCK_COLS": tile.cols, "BLOCK_DEPTH": tile.depth}
+    kernel = products.product_kernel
+    for adds in (False, True):
+        constants = {**blocks, "ADDS": adds, "b_col_stride": 1, "out_col_stride": 1}
+        types = dict.fromkeys(("a_ptr", "b_ptr", "out_ptr"), "*fp32")
+        compiled = compile_for(arch, kernel, types, constants, tile.num_warps, tile.num_stages)
+        _check(arch, "fp32", f"product, adds={adds}", resources_of(compiled), table)
 
 
 ROW_KERNELS = {

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import hicl_fast.functional as HF
 from hicl_fast import FusedHiCLLoss, FusedInfoNCELoss, HardNegativeMixing, PositiveMixing, reference
 from hicl_fast.losses.hncse import Groups, fewest_candidates
 
@@ -140,23 +141,62 @@ def test_a_half_full_bank_resumes() -> None:
         assert torch.equal(a, b)
 
 
-def test_fewer_negatives_than_k() -> None:
+@pytest.mark.parametrize("k", [{}, {"k": 10}, {"k": "auto"}], ids=str)
+def test_fewer_negatives_than_k(k: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """As many are mixed as every row has; the log says so once."""
     query, key = views(6)
-    with pytest.raises(ValueError, match=r"\b5\b.*\b10\b|\b10\b.*\b5\b"):
-        FusedInfoNCELoss(hard_negative_mixing=HardNegativeMixing(k=10))(query, key)
-    loss = FusedInfoNCELoss(hard_negative_mixing=HardNegativeMixing(k="auto"))
-    loss(query, key)
+    loss = FusedInfoNCELoss(hard_negative_mixing=HardNegativeMixing(**k, seed=0))
+    loss(*views(24))
+    assert loss.hard_negative_mixing.mixed.index.shape == (24, 10) and not caplog.records
+    assert_same(loss, query, key)
     assert loss.hard_negative_mixing.mixed.index.shape == (6, 5)
     group = torch.tensor([0, 0, 0, 1, 1, 2])
-    loss(query, key, query_group=group, key_group=group)
+    assert_same(loss, query, key, query_group=group, key_group=group)
     assert loss.hard_negative_mixing.mixed.index.shape == (6, 3)
+    assert [record.name for record in caplog.records] == ["hicl_fast"]
+    assert "only 5 negatives, k = 10: these 5 are mixed" in caplog.text
+
+
+def test_fewer_negatives_than_k_where_k_is_required() -> None:
+    loss = FusedInfoNCELoss(hard_negative_mixing=HardNegativeMixing(require_k=True))
+    with pytest.raises(ValueError, match="k: expected at most 5, the negatives that every row has, got 10"):
+        loss(*views(6))
+
+
+MIXINGS: dict[str, dict[str, Any]] = {
+    "negatives": {"hard_negative_mixing": {}},
+    "positives": {"positive_mixing": {}},
+    "both": {"hard_negative_mixing": {"k": 4}, "positive_mixing": {"weights": "search"}},
+    "previous": {"hard_negative_mixing": {"bank": "previous", "queue_size": 12}},
+}
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+@pytest.mark.parametrize("groups", [None, "pairs", "one"])
+def test_any_batch_trains(mixing: str, groups: str | None) -> None:
+    """Down to a row, and where all rows are of one group: nothing is mixed where there are no two negatives to mix."""
+    classes = {"hard_negative_mixing": HardNegativeMixing, "positive_mixing": PositiveMixing}
+    loss = FusedInfoNCELoss(0.1, **{name: classes[name](**options) for name, options in MIXINGS[mixing].items()})
+    for n in (11, 10, 5, 3, 2, 1):
+        query, key = views(n)
+        group = {"pairs": torch.arange(n) // 2, "one": torch.zeros(n, dtype=torch.int64), None: None}[groups]
+        value = loss(query, key, query_group=group, key_group=group)
+        if mixing == "negatives" and (groups == "one" or n <= 2):
+            torch.testing.assert_close(
+                value, HF.info_nce(query, key, temperature=0.1, query_group=group, key_group=group)
+            )
+        assert all(torch.isfinite(x).all() for x in (value, *gradients(value, query, key)))
+        assert all(torch.isfinite(x) for x in loss.last.values())
 
 
 def test_a_batch_of_one() -> None:
+    """There are no negatives: the loss is 0 and so are its gradients, and nothing is logged of a hardest negative."""
     query, key = views(1)
-    loss = FusedInfoNCELoss(hard_negative_mixing=HardNegativeMixing(k="auto"), positive_mixing=PositiveMixing())
-    assert loss(query, key) == 0
+    loss = FusedInfoNCELoss(hard_negative_mixing=HardNegativeMixing(), positive_mixing=PositiveMixing())
+    value = loss(query, key)
+    assert value == 0 and not any(x.any() for x in gradients(value, query, key))
     assert loss.hard_negative_mixing.mixed is None and loss.positive_mixing.hardest is None
+    assert set(loss.last) == {"loss", "positive_similarity"}
 
 
 def test_candidates_of_groups() -> None:
@@ -180,6 +220,7 @@ def test_duplicate_sentences() -> None:
         (lambda: HardNegativeMixing(num_mixed=0), "num_mixed: expected"),
         (lambda: HardNegativeMixing(alpha=1.5), "alpha: expected"),
         (lambda: HardNegativeMixing(bank="all"), "bank: expected"),
+        (lambda: HardNegativeMixing(bank="previous", require_k=True), 'require_k: expected False with bank="previous"'),
         (lambda: FusedInfoNCELoss(symmetric=True, positive_mixing=PositiveMixing()), "positive_mixing: expected"),
         (lambda: FusedInfoNCELoss(symmetric=True, hard_negative_mixing=HardNegativeMixing()), "hard_negative_mixing"),
     ],

@@ -9,6 +9,7 @@ from torch import Tensor
 import hicl_fast.functional as HF
 from hicl_fast import GradientParadigmLoss
 from hicl_fast.analysis import gradient_terms
+from hicl_fast.reference.paradigm import MODIFIABLE, OBJECTIVES
 
 
 def views() -> tuple[Tensor, Tensor]:
@@ -52,6 +53,19 @@ def test_gradient_terms_are_logged_where_asked_for() -> None:
     loss(u, v)
     for name, value in gradient_terms(u, v, "vicreg", **options)._asdict().items():  # type: ignore[arg-type]
         torch.testing.assert_close(loss.last[name], value.mean())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_batch_of_one_trains(objective: str) -> None:
+    """With its gradient's terms asked for, which it hasn't."""
+    u, v = (x[:1].clone().requires_grad_() for x in views())
+    modified = ("gd", "r") if objective in MODIFIABLE else ()
+    loss = GradientParadigmLoss(objective, modified=modified, log_gradient_terms=True)  # type: ignore[arg-type]
+    loss(*views())
+    value = loss(u, v)
+    value.backward()
+    assert torch.isfinite(value) and u.grad is not None and torch.isfinite(u.grad).all()
+    assert set(loss.last) == {"loss", "positive_similarity"}
 
 
 def test_what_is_wrong_is_said_when_it_is_made() -> None:

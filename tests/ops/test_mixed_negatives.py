@@ -196,15 +196,6 @@ def test_compiled_and_registered(backend: str) -> None:
         torch.testing.assert_close(got, exact)
 
 
-@every_backend
-def test_second_derivatives_are_refused(backend: str) -> None:
-    query, bank, index, pairs = draw(4, 3, 5, 6)
-    logits = HF.mixed_negative_logits(query.requires_grad_(), bank, index, pairs, backend=backend)
-    (gradient,) = torch.autograd.grad(logits.square().sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match="mixed_negative_logits can be differentiated once"):
-        gradient.sum().backward()
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

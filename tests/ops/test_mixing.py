@@ -111,6 +111,7 @@ def test_beside_every_other_option(backend: str, same_group: str, with_more_colu
         inputs["negatives"] = torch.randn(n, d, generator=generator, dtype=torch.float64)
         inputs["extra_logits"] = torch.randn(n, 3, generator=generator, dtype=torch.float64)
         options |= {"hard_negative_weight": 0.7, "bank": torch.randn(8, d, generator=generator, dtype=torch.float64)}
+        options |= {"bank_group": torch.randint(0, 6, (8,), generator=generator)}
     index = check(backend, inputs, 5, **options)
     assert not (index == target[:, None]).any()
     if same_group != "negative":

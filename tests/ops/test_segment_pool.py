@@ -90,11 +90,3 @@ def test_compiled_and_registered(backend: str) -> None:
     )
     compiled = torch.compile(lambda *a: HF.segment_pool(*a, backend=backend), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(segments, offsets, weights), HF.segment_pool(segments, offsets, weights))
-
-
-def test_second_derivatives_are_refused(backend: str) -> None:
-    segments, offsets, _ = draw([2, 3], 4)
-    pooled = HF.segment_pool(segments.requires_grad_(), offsets, backend=backend)
-    (gradient,) = torch.autograd.grad(pooled.square().sum(), segments, create_graph=True)
-    with pytest.raises(RuntimeError, match="segment_pool can be differentiated once"):
-        gradient.sum().backward()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import hicl_fast.functional as HF
 from hicl_fast.trainer import scratch
 from hicl_fast.trainer.cli import main, train
-from hicl_fast.trainer.gradient_cache import embed_in_chunks
+from hicl_fast.trainer.gradient_cache import RandomState, embed_in_chunks, random_devices
 from hicl_fast.trainer.text import read_training_text
 
 CPU = torch.device("cpu")
@@ -52,6 +52,47 @@ def test_gradients_and_random_states(chunk_size: int) -> None:
         if chunk_size >= 10:
             assert torch.equal(cached, plain)
         torch.testing.assert_close(cached, plain, rtol=1e-12, atol=1e-14)
+
+
+class Generators:
+    """What PyTorch has of a kind of device that isn't here: a state for each device, which a draw moves on."""
+
+    def __init__(self) -> None:
+        self.states: dict[torch.device, int] = {}
+
+    def get_rng_state(self, device: torch.device) -> Tensor:
+        return torch.tensor(self.states.get(device, 0))
+
+    def set_rng_state(self, state: Tensor, device: torch.device) -> None:
+        self.states[device] = int(state)
+
+    def draw(self, device: torch.device) -> int:
+        self.states[device] = self.states.get(device, 0) + 1
+        return self.states[device]
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+def test_random_states_of_any_kind_of_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the batch's device and of those that parameters are on or are copied to."""
+    devices = {torch.device(kind), torch.device(kind, 0), torch.device(kind, 1)}
+    parallel = nn.DataParallel(encoder())  # on no device, here
+    assert random_devices(parallel, CPU) == set()
+    parallel.device_ids = [0, 1]
+    generators = Generators()
+    monkeypatch.setattr(torch, kind, generators)
+    assert random_devices(parallel, torch.device(kind)) == devices
+    state = RandomState.now(devices)
+    first = [generators.draw(device) for device in devices for _ in range(2)]
+    between = dict(generators.states)
+    with state.replayed():
+        assert [generators.draw(device) for device in devices for _ in range(2)] == first
+    assert generators.states == between
+
+
+def test_a_device_without_a_random_state_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch, "xpu")
+    with pytest.raises(ValueError, match=r"device: expected one whose random state .* got xpu:0"):
+        RandomState.now([torch.device("xpu", 0)])
 
 
 def test_what_is_kept_is_a_chunk() -> None:

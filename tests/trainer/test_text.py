@@ -57,6 +57,13 @@ def test_csv_row_of_another_width(tmp_path: Path, row: bytes) -> None:
         read_training_text(path)
 
 
-def test_csv_heading_too_wide(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="line 1: expected a heading of 1 to 3 columns"):
-        read_training_text(write(tmp_path, b"a,b,c,d\n1,2,3,4\n", "pairs.csv"))
+def test_json_lines_with_several_hard_negatives(tmp_path: Path) -> None:
+    record = b'{"anchor": "a", "positive": "b", "negative_1": "c", "negative_2": "d"}\n'
+    text = read_training_text(write(tmp_path, record + b"\n" + record, "mined.jsonl"))
+    assert text.rows == [("a", "b", "c", "d")] * 2
+    assert (text.skipped, text.columns) == (1, 4)
+
+
+def test_a_table_without_rows(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no line that is not empty"):
+        read_training_text(write(tmp_path, b"sent0,sent1\n\n", "pairs.csv"))

@@ -158,11 +158,33 @@ def test_wrong_arguments_are_named(sentences: Path, command: Command, options: d
         main(command(sentences, **options))
 
 
-def test_hicl_refuses_pairs(tmp_path: Path, command: Command) -> None:
-    table = tmp_path / "pairs.csv"
-    table.write_text("sent0,sent1\nkala morem,tesy\n")
-    with pytest.raises(ValueError, match="train_file: --method hicl expects documents only"):
-        train(command(table, method="hicl"))
+@pytest.mark.parametrize(
+    ("options", "columns", "message"),
+    [
+        ({"method": "hicl"}, 2, "train_file: --method hicl expects documents only, got 2 columns"),
+        ({"method": "paradigm"}, 3, "train_file: --method paradigm expects sentences, or pairs of them, got 3 columns"),
+        ({"hard_negative_weight": 1.0}, 4, "hard_negative_weight: expected 0 with several hard negatives a row"),
+    ],
+)
+def test_no_column_is_ignored(
+    tmp_path: Path, command: Command, options: dict[str, object], columns: int, message: str
+) -> None:
+    table = tmp_path / "pairs.tsv"
+    names = ["anchor", "positive", "negative_1", "negative_2"][:columns]
+    table.write_text("\t".join(names) + "\n" + "\t".join(["kala"] * columns) + "\n")
+    with pytest.raises(ValueError, match=message):
+        train(command(table, **options))
+
+
+def test_several_hard_negatives(tmp_path: Path, sentences: Path, command: Command) -> None:
+    """Each of them is a negative of every row: a second copy of the first is counted twice."""
+    documents = sentences.read_text().splitlines()
+    for name, number in (("one", 1), ("two", 2)):
+        negatives = {f"negative_{i}": "kala morem" for i in range(1, number + 1)}
+        records = [{"anchor": d, "positive": d, **negatives} for d in documents[:16]]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        train(command(tmp_path / f"{name}.jsonl", name, check_every=1, max_steps=1))
+    assert losses(tmp_path / "two")[0] > losses(tmp_path / "one")[0]
 
 
 def start(arguments: list[str], cwd: Path) -> subprocess.Popen[bytes]:

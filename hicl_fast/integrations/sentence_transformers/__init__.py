@@ -8,13 +8,14 @@ class                                 what is fused                             
 ====================================  ===========================================  ====================================
 FusedMultipleNegativesRankingLoss,    cosine and dot product; every direction,     other similarity functions,
 FusedCachedMultiple...RankingLoss,    partition mode and hardness mode; hard       embeddings that aren't dense
-their ...SymmetricRankingLoss forms   negatives; gather_across_devices             matrices, two combinations (below)
-FusedGISTEmbedLoss,                   similarities, masks and cross entropy, in    a similarity_fct that isn't
-FusedCachedGISTEmbedLoss              chunks of rows, in PyTorch                   nn.CosineSimilarity
+their ...SymmetricRankingLoss forms   negatives; gather_across_devices; a scale    matrices, a scale of several
+                                      that is learned                              numbers
+FusedGISTEmbedLoss,                   similarities, masks and cross entropy, in    a similarity_fct or a temperature of
+FusedCachedGISTEmbedLoss              chunks of rows, in PyTorch                   another kind than the constructor's
 ====================================  ===========================================  ====================================
 
-The two combinations: ``doc_to_doc`` without ``doc_to_query``, and ``query_to_query`` with a ``hardness_mode`` of
-"in_batch_negatives" or "all_negatives", are fused for cosines with a scale up to 80, not beyond it nor for dot products.
+With gather_across_devices processes may have different numbers of rows: a process's loss is weighted, so that the mean over
+the processes is the joined batch's.
 """
 
 from hicl_fast.integrations._requires import missing

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ from sentence_transformers import util
 from torch import Tensor, nn
 
 from hicl_fast._checks import FLOATING
+from hicl_fast.distributed import Ranks, Shares, ranks_of
+from hicl_fast.distributed.gathering import describe_rows
+from hicl_fast.integrations.gathering import Joined, join, refuse_unequal
 from hicl_fast.integrations.sentence_transformers.gist import Embeddings, GistOptions, gist_loss
 from hicl_fast.integrations.sentence_transformers.ranking import Batch, Rules, ranking_loss
-from hicl_fast.integrations.similarity import Similarity, loss_type
+from hicl_fast.integrations.similarity import Similarity, in_sum_type, is_one_number, loss_type
 
 try:
     from sentence_transformers.sentence_transformer import losses as original
@@ -29,19 +33,59 @@ Method = Callable[..., Tensor]
 _SIMILARITIES: dict[Any, Similarity] = {util.cos_sim: "cosine", util.pytorch_cos_sim: "cosine", util.dot_score: "dot"}
 
 
+# --- many processes --------------------------------------------------------------------------------------------------
+
+
+def _join(loss: Any, embeddings: list[Tensor], terms: dict[str, object], is_fused: bool) -> Joined:
+    """The processes among whose rows the loss's are. They agree on this even where the original computes the loss.
+
+    Raises:
+        ValueError: on every process, where one has other columns, or other numbers of rows and the original computes.
+    """
+    gathers = getattr(loss, "gather_across_devices", False)  # not before 5.1
+    ranks = ranks_of() if gathers else Ranks(None, 0, 1)
+    if ranks.size == 1:
+        return Joined(ranks, {"rows": Shares((len(embeddings[0]),), 0)})
+    described = [describe_rows(x) if is_fused else f"{x.dtype} on {x.device.type}" for x in embeddings]
+    computed_by = "hicl_fast" if is_fused else "sentence-transformers"
+    terms = {"loss": type(loss).__name__, "embeddings": ", ".join(described), "computed by": computed_by, **terms}
+    joined = join(ranks, {"rows": len(embeddings[0])}, terms)
+    if not is_fused:
+        refuse_unequal(joined, "gather_across_devices", computed_by)
+    return joined
+
+
+def _gathering(loss: Any, joined: Joined, parent: Any) -> tuple[Callable[[Tensor], Tensor], int]:
+    """What makes all processes' rows of this one's, and where this one's begin among them."""
+    if not getattr(loss, "gather_across_devices", False):
+        return lambda rows: rows, 0
+    if joined.ranks.size == 1:  # the original's gather says that there is nothing to gather
+        module = sys.modules[parent.__module__]
+        return module.all_gather_with_grad, module.get_rank() * joined.shares["rows"].own
+    return functools.partial(joined.rows, "rows"), joined.first("rows")
+
+
+def _weighted(mean: Tensor, joined: Joined) -> Tensor:
+    """This process's share of the joined batch's loss, for the mean over the processes that data parallelism takes."""
+    weight = joined.weight("rows")
+    return mean if weight == 1.0 else mean * weight
+
+
 # --- multiple negatives ranking --------------------------------------------------------------------------------------
 
 
 def _rules(loss: Any) -> Rules | None:
-    """The loss's options as they stand now; ``None`` for a similarity that has no fused form.
+    """The loss's options as they stand now; ``None`` for what has no fused form.
 
     Releases before 5.3 have neither directions nor hardness.
     """
+    scale = loss.scale
+    _check_positive("scale", scale)
     with suppress(TypeError):  # a similarity function that can't be hashed is not one of these
         similarity = _SIMILARITIES.get(loss.similarity_fct)
-        if similarity is not None:
+        if similarity is not None and is_one_number(scale):
             return Rules(
-                float(loss.scale),
+                scale if isinstance(scale, Tensor) else float(scale),
                 similarity,
                 tuple(getattr(loss, "directions", Rules.directions)),
                 getattr(loss, "partition_mode", Rules.partition_mode),
@@ -49,6 +93,16 @@ def _rules(loss: Any) -> Rules | None:
                 getattr(loss, "hardness_strength", Rules.hardness_strength),
             )
     return None
+
+
+def _check_positive(name: str, value: float | Tensor) -> None:
+    """As far as it is in host memory: a device isn't waited for."""
+    if isinstance(value, Tensor):
+        if value.device.type != "cpu" or value.numel() != 1:
+            return
+        value = value.item()
+    if not value > 0:
+        raise ValueError(f"{name}: expected a number above 0, got {value!r}")
 
 
 def _are_matrices(embeddings: list[Tensor]) -> bool:
@@ -68,15 +122,31 @@ def _are_matrices(embeddings: list[Tensor]) -> bool:
 
 def _fused_ranking(loss: Any, embeddings: list[Tensor], parent: type[nn.Module]) -> Tensor | None:
     """The loss of (B, D) columns; ``None`` where the original has to compute it."""
-    rules = _rules(loss)
-    if rules is None or rules.refusal() or len(embeddings) < 2 or not _are_matrices(embeddings):
+    if len(embeddings) < 2:
         return None
-    count, first, dtype = embeddings[0].shape[0], 0, loss_type(loss.similarity_fct, _mean_log_sum, *embeddings)
-    if getattr(loss, "gather_across_devices", False):  # not before 5.1
-        module = sys.modules[parent.__module__]
-        embeddings = [module.all_gather_with_grad(x) for x in embeddings]
-        first = module.get_rank() * count
-    return ranking_loss(Batch(embeddings[0], embeddings[1:], first, count), rules).to(dtype)
+    rules = _rules(loss)
+    is_fused = rules is not None and _are_matrices(embeddings)
+    joined = _join(loss, embeddings, {"options": None if rules is None else rules.words()}, is_fused)
+    if rules is None or not is_fused:
+        return None
+    gather, first = _gathering(loss, joined, parent)
+    queries, *documents = (gather(x) for x in embeddings)
+    batch = Batch(queries, documents, first, len(embeddings[0]))
+    rules = replace(rules, scale=in_sum_type(rules.scale, *embeddings))
+    return _weighted(ranking_loss(batch, rules), joined).to(_type_of_ranking(loss, embeddings))
+
+
+def _type_of_ranking(loss: Any, embeddings: list[Tensor]) -> torch.dtype:
+    similarity = loss.similarity_fct
+    if isinstance(loss.scale, Tensor):
+        similarity = _scaled(similarity, loss.scale.dtype, loss.scale.dim())
+    return loss_type(similarity, _mean_log_sum, *embeddings)
+
+
+@functools.cache
+def _scaled(similarity: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, dim: int) -> Method:
+    """A scale that is a tensor can change the type of the logits, by its own and by its number of dimensions."""
+    return lambda a, b: similarity(a, b) * torch.ones((1,) * dim, dtype=dtype, device=a.device)
 
 
 def _mean_log_sum(similarities: Tensor) -> Tensor:
@@ -162,9 +232,10 @@ def _fuse_gist(parent: Any) -> Method:
 
     @functools.wraps(fallback)
     def forward(self: Any, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
-        if not _compares_cosines(self):
-            return fallback(self, sentence_features, labels)
         features = list(sentence_features)
+        if not _compares_cosines(self):
+            _join(self, [_first_tensor(feature) for feature in features], {}, is_fused=False)
+            return fallback(self, features, labels)
         guide_features = [dict(feature) for feature in features]  # the model writes into what it is given
         embeddings = _embed(parent, self.model, features)
         with torch.no_grad():
@@ -173,8 +244,7 @@ def _fuse_gist(parent: Any) -> Method:
             guides = _embed(parent, self.guide, guide_features)
         if len(embeddings) not in (2, 3):
             raise ValueError(f"Expected 2 or 3 embeddings, got {len(embeddings)}")
-        gather = functools.partial(_candidates_of_all, self, sys.modules[parent.__module__])
-        return gist_loss(gather(embeddings), gather(guides), _gist_options(self))
+        return _fused_gist(self, embeddings, guides, parent)
 
     return forward
 
@@ -187,11 +257,11 @@ def _fuse_cached_gist(parent: Any) -> Method:
     def calculate_loss(
         self: Any, reps: list[list[Tensor]], reps_guided: list[list[Tensor]], *, with_backward: bool = False
     ) -> Tensor:
-        if not _compares_cosines(self) or len(reps) != len(reps_guided):
+        student, guide = ([torch.cat(column) for column in columns] for columns in (reps, reps_guided))
+        if not _compares_cosines(self) or len(student) != len(guide):
+            _join(self, student, {}, is_fused=False)
             return fallback(self, reps, reps_guided, with_backward=with_backward)
-        gather = functools.partial(_candidates_of_all, self, sys.modules[parent.__module__])
-        student, guide = (gather([torch.cat(column) for column in columns]) for columns in (reps, reps_guided))
-        loss = gist_loss(student, guide, _gist_options(self))
+        loss = _fused_gist(self, student, guide, parent)
         if with_backward:
             loss.backward()
             loss = loss.detach()
@@ -201,8 +271,24 @@ def _fuse_cached_gist(parent: Any) -> Method:
 
 
 def _compares_cosines(loss: Any) -> bool:
+    """As the original's constructor made it; a similarity of other dimensions or another ε is somebody's own."""
     similarity = loss.similarity_fct
-    return type(similarity) is nn.CosineSimilarity and similarity.dim in (-1, 2)
+    if type(similarity) is not nn.CosineSimilarity or similarity.dim not in (-1, 2) or similarity.eps != 1e-8:
+        return False
+    return is_one_number(loss.temperature)
+
+
+def _fused_gist(loss: Any, student: list[Tensor], guide: list[Tensor], parent: Any) -> Tensor:
+    """The loss of (B, D) columns: this process's anchors against the candidates of all."""
+    options = _gist_options(loss)
+    joined = _join(loss, student, {"guide": len(guide), "options": options.words()}, is_fused=True)
+    gather, first = _gathering(loss, joined, parent)
+
+    def side(anchor: Tensor, *candidates: Tensor) -> Embeddings:
+        positive, *negatives = (gather(x) for x in candidates)
+        return Embeddings(anchor, positive, tuple(negatives), first)
+
+    return _weighted(gist_loss(side(*student), side(*guide), options), joined)
 
 
 def _gist_options(loss: Any) -> GistOptions:
@@ -216,14 +302,11 @@ def _gist_options(loss: Any) -> GistOptions:
     )
 
 
-def _candidates_of_all(loss: Any, module: Any, embeddings: list[Tensor]) -> Embeddings:
-    """Candidates of all processes; the anchors are this one's. ``module``: where the original is and finds its gather."""
-    anchor, *candidates = embeddings
-    first = 0
-    if getattr(loss, "gather_across_devices", False):
-        candidates = [module.all_gather_with_grad(x) for x in candidates]
-        first = module.get_rank() * len(anchor)
-    return Embeddings(anchor, candidates[0], tuple(candidates[1:]), first)
+def _first_tensor(feature: dict[str, Tensor]) -> Tensor:
+    """Something that has a row for each text, or is as long as there are texts."""
+    if "cu_seq_lens_q" in feature:  # all texts in one row
+        return feature["cu_seq_lens_q"][1:]
+    return next(value for value in feature.values() if isinstance(value, Tensor) and value.dim() > 1)
 
 
 def _embed(parent: Any, model: Any, features: list[dict[str, Tensor]]) -> list[Tensor]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hicl_fast import _checks as check
 from hicl_fast.integrations.sentence_transformers.chunks import mean_over_chunks
 
 CHUNK_BYTES = 64 << 20  # of one chunk's scores
@@ -36,12 +37,19 @@ class Embeddings(NamedTuple):
 class GistOptions:
     """The options of sentence-transformers' loss."""
 
-    temperature: float
+    temperature: float | Tensor  # a tensor of one number is learned, or may be
     margin: float
     is_relative: bool  # margin · |g(a_i, p_i)| instead of margin
     contrast_anchors: bool
     contrast_positives: bool
     cross_entropy: Callable[[Tensor, Tensor], Tensor]
+
+    def words(self) -> str:
+        """The options without what is learned."""
+        temperature = "learned" if isinstance(self.temperature, Tensor) else self.temperature
+        margin = f"margin={check.describe(self.margin)}, is_relative={self.is_relative}"
+        contrast = f"contrast_anchors={self.contrast_anchors}, contrast_positives={self.contrast_positives}"
+        return f"temperature={temperature}, {margin}, {contrast}"
 
 
 class _Pairing(NamedTuple):
@@ -58,22 +66,25 @@ def gist_loss(student: Embeddings, guide: Embeddings, options: GistOptions) -> T
     threshold = _threshold(guide, options)  # (B, 1)
     unit_guided = [_Pairing(_unit(pair.row), pair.first, _unit(pair.column)) for pair in guided]
 
-    def loss_of_rows(rows: slice, anchor: Tensor, positive: Tensor, *negatives: Tensor) -> Tensor:
-        embeddings = Embeddings(anchor, positive, negatives, student.first)
-        scores = []
+    learned = [options.temperature] if isinstance(options.temperature, Tensor) else []
+
+    def loss_of_rows(rows: slice, anchor: Tensor, positive: Tensor, *others: Tensor) -> Tensor:
+        temperature = others[-1] if learned else options.temperature
+        embeddings = Embeddings(anchor, positive, others[: len(student.negatives)], student.first)
+        logits = []
         for block, pair in enumerate(_pairings(embeddings, options)):
             suppressed = _above(threshold[rows], guided[block], unit_guided[block], rows)
             if block == 0:
                 suppressed.diagonal(student.first + rows.start).fill_(False)
             similarity = pair.row[_shifted(rows, pair.first)] @ pair.column.T
-            scores.append(similarity.masked_fill(suppressed, -torch.inf))
+            # Masked last: what is suppressed must not reach the gradient of a learned temperature as 0 · ∞.
+            logits.append((similarity / temperature).masked_fill(suppressed, -torch.inf))
         first = student.first + rows.start
         target = torch.arange(first, first + rows.stop - rows.start, device=anchor.device)
-        return options.cross_entropy(torch.cat(scores, dim=1) / options.temperature, target)
+        return options.cross_entropy(torch.cat(logits, dim=1), target)
 
-    inputs = (student.anchor, student.positive, *student.negatives)
-    num_rows = student.anchor.shape[0]
-    return mean_over_chunks(loss_of_rows, num_rows, _chunk_rows(guided), *(_unit(x) for x in inputs))
+    embedded = (_unit(x) for x in (student.anchor, student.positive, *student.negatives))
+    return mean_over_chunks(loss_of_rows, student.anchor.shape[0], _chunk_rows(guided), *embedded, *learned)
 
 
 def _chunk_rows(guided: list[_Pairing]) -> int:

@@ -21,7 +21,7 @@ larger scale, and their log-sum-exp the gradient of the smaller.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -29,17 +29,16 @@ from torch import Tensor
 
 from hicl_fast import functional as HF
 from hicl_fast.integrations.similarity import Similarity, as_cosines, log_expm1, pairwise
+from hicl_fast.ops.problem import sum_type
 
 _NOBODY = -1  # the group of keys that are nobody's own
-# Above it, log_sum's reference logit of 0 could be e^88 times what is summed, more than float32 holds.
-_LARGEST_SCALE_OF_A_LOG_SUM = 80.0
 
 
 @dataclass(frozen=True)
 class Rules:
     """The options of sentence-transformers' loss; its constructor has checked them."""
 
-    scale: float = 20.0
+    scale: float | Tensor = 20.0  # a tensor () is learned, or may be
     similarity: Similarity = "cosine"
     directions: tuple[str, ...] = ("query_to_doc",)
     partition_mode: str = "joint"
@@ -54,13 +53,22 @@ class Rules:
         """Whether a row's own hard negatives are weighted by hardness."""
         return self.hardness_mode in ("hard_negatives", "all_negatives") and self.hardness_strength > 0
 
-    def refusal(self) -> str:
-        """Why these options can't be computed without N×N matrices; empty where they can."""
-        needs_log_sum = "doc_to_doc" in self.directions and "doc_to_query" not in self.directions
-        needs_log_sum |= "query_to_query" in self.directions and self.hardens_in_batch()
-        if needs_log_sum and (self.similarity == "dot" or self.scale > _LARGEST_SCALE_OF_A_LOG_SUM):
-            return "columns without a positive are summed for cosines and scales up to 80"
-        return ""
+    def hardened_scale(self) -> tuple[float | Tensor, float | Tensor]:
+        """The larger scale, and the share of its gradient that embeddings get.
+
+        Only the embeddings: a learned scale has its gradient divided by the share here, since it is multiplied by it there.
+        """
+        scale = self.scale + self.hardness_strength
+        if not isinstance(scale, Tensor):
+            return scale, self.scale / scale
+        now = scale.detach()
+        share = (torch.as_tensor(self.scale) / scale).detach()
+        return now + (scale - now) / share, share
+
+    def words(self) -> str:
+        """The options without what is learned."""
+        named = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return ", ".join(f"{name}={'learned' if isinstance(value, Tensor) else value}" for name, value in named)
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ class Batch:
 
 
 def ranking_loss(batch: Batch, rules: Rules) -> Tensor:
-    """Mean over the own rows of log Z_i − s_i; float32, or float64 where an input is. ``rules`` must have no refusal."""
+    """Mean over the own rows of log Z_i − s_i; float32, or float64 where an input is."""
     if _is_symmetric(batch, rules):
         query, key, temperature = as_cosines(batch.queries, batch.documents[0], rules.scale, rules.similarity)
         return HF.info_nce(query, key, temperature=temperature, symmetric=True)
@@ -130,14 +138,14 @@ def _from_query_hardened(batch: Batch, rules: Rules) -> Tensor:  # (B,)
     """The same where hardness gives other rows' documents a larger scale than the positive has."""
     query, positive = batch.queries[batch.own], batch.documents[0][batch.own]
     similarity = pairwise(query, positive, rules.similarity)  # (B,)
-    scale = rules.scale + rules.hardness_strength
+    scale, share = rules.hardened_scale()
     groups = batch.groups(own=True).repeat(len(batch.documents))
     index = batch.index()
     loss = _row_losses(query, batch.documents, scale, rules.similarity, index, index, groups, None, "none")
     in_batch = scale * similarity + log_expm1(loss)  # (B,) log-sum-exp of the other rows' documents
-    terms = [rules.scale * similarity, _scale_gradient(in_batch, rules.scale / scale)]
+    terms = [rules.scale * similarity, _scale_gradient(in_batch, share)]
     if "query_to_query" in rules.directions:
-        terms.append(_log_sum(query, [batch.queries], rules.scale, index, batch.groups(own=True)))
+        terms.append(_log_sum(query, [batch.queries], rules, index, batch.groups(own=True)))
     logits = torch.cat([torch.stack(terms, dim=1), _own_negative_logits(batch, rules)], dim=1)
     return torch.logsumexp(logits, dim=1) - rules.scale * similarity
 
@@ -147,7 +155,7 @@ def _from_document(batch: Batch, rules: Rules, reduction: Literal["mean", "none"
     positive, index = batch.documents[0][batch.own], batch.index()
     own_documents = [batch.groups(own=True)] * len(batch.documents)
     if "doc_to_query" not in rules.directions:
-        log_z = _log_sum(positive, batch.documents, rules.scale, index, torch.cat(own_documents))
+        log_z = _log_sum(positive, batch.documents, rules, index, torch.cat(own_documents))
         rows = log_z - rules.scale * pairwise(batch.queries[batch.own], positive, rules.similarity)
         return rows.mean() if reduction == "mean" else rows
     keys, groups = [batch.queries], None
@@ -173,7 +181,7 @@ def _own_negative_logits(batch: Batch, rules: Rules) -> Tensor:  # (B, columns o
 def _row_losses(
     query: Tensor,  # (B, D)
     keys: Sequence[Tensor],  # (·, D) each, M rows in all
-    scale: float,
+    scale: float | Tensor,
     similarity: Similarity,
     target: Tensor,  # (B,) int64
     query_group: Tensor,  # (B,) int64
@@ -198,23 +206,23 @@ def _row_losses(
 
 def _log_sum(
     query: Tensor,  # (B, D)
-    keys: Sequence[Tensor],  # (·, D) each, M rows in all
-    scale: float,
-    query_group: Tensor,  # (B,) int64
+    keys: Sequence[Tensor],  # (W, D) each, M rows in all
+    rules: Rules,
+    query_group: Tensor,  # (B,) int64, numbers of rows
     key_group: Tensor,  # (M,) int64
 ) -> Tensor:  # (B,)
-    """Log-sum-exp of scale · cosine over the keys of other groups; −inf where there are none.
+    """Log-sum-exp of the logits of keys of other groups; −inf where there are none.
 
-    A zero row, which has similarity 0 to everything, stands in for the positive.
+    Another row's key stands in for the positive: what is added to its logit is the loss.
     """
-    reference = query.new_zeros(1, query.shape[1])
-    num_keys = sum(len(key) for key in keys)
-    target = torch.full((len(query),), num_keys, device=query.device)
-    groups = torch.cat([key_group, key_group.new_full((1,), _NOBODY)])
-    loss = _row_losses(query, [*keys, reference], scale, "cosine", target, query_group, groups, None, "none")
-    return log_expm1(loss)
+    num_rows = len(keys[0])
+    if num_rows == 1:
+        return query.new_full((len(query),), -torch.inf, dtype=sum_type(query))
+    target = (query_group + 1) % num_rows
+    loss = _row_losses(query, keys, rules.scale, rules.similarity, target, query_group, key_group, None, "none")
+    return loss + rules.scale * pairwise(query, keys[0][target], rules.similarity)
 
 
-def _scale_gradient(x: Tensor, factor: float) -> Tensor:
+def _scale_gradient(x: Tensor, factor: float | Tensor) -> Tensor:
     """x, with its gradient times ``factor`` from 0 to 1."""
     return factor * x + (1.0 - factor) * x.detach()
