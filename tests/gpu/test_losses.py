@@ -84,7 +84,7 @@ def test_products_add_in_place(dtype: torch.dtype) -> None:
 
     a, b = (torch.randn(48, 48, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype) for seed in (0, 1))
     onto = torch.ones(48, 48, device=DEVICE)
-    assert matmul(a, b, onto=onto) is onto
+    assert matmul(a, b, "ieee", onto=onto) is onto
     torch.testing.assert_close(onto.cpu().double(), a.cpu().double() @ b.cpu().double() + 1, rtol=1e-5, atol=1e-5)
 
 
