@@ -41,7 +41,8 @@ def heat_maps(rows: Sequence[Row], value: str, path: Path, *, highest: float, sh
             axis.pcolormesh(negative, positive, mask, vmin=0, vmax=1, shading="nearest", cmap="Greys", alpha=0.8)
         axis.set(title=objective, xlabel=r"$\mu_{neg}$ / $\pi$")
     axes[0, 0].set_ylabel(r"$\mu_{pos}$ / $\pi$")
-    figure.colorbar(mesh, ax=axes[0].tolist(), label=value)
+    beyond = any(row[value] > highest for row in rows)  # has the last colour, and an arrow that says so
+    figure.colorbar(mesh, ax=axes[0].tolist(), label=value, extend="max" if beyond else "neither")
     _save(figure, path)
 
 

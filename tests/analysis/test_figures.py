@@ -47,6 +47,25 @@ def test_the_command(tmp_path: Path) -> None:
         assert sum(float(row[pair]) for row in densities) * 2 / len(densities) == pytest.approx(1, rel=1e-4)
 
 
+@pytest.mark.parametrize(("largest", "extend"), [(1.0, "neither"), (7.0, "max")])
+def test_what_is_off_the_scale_is_said(
+    largest: float, extend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from matplotlib.figure import Figure
+
+    from hicl_fast.analysis import figures
+
+    given = {}
+    monkeypatch.setattr(Figure, "colorbar", lambda self, mesh, **options: given.update(options))
+    rows = [
+        {"objective": "mpt", "mu_pos": p, "mu_neg": n, "ratio": largest if p == n else 0.5}
+        for p in (0, 1)
+        for n in (0, 1)
+    ]
+    figures.heat_maps(rows, "ratio", tmp_path / "out.png", highest=5.0)
+    assert given["extend"] == extend
+
+
 def test_what_the_command_refuses(tmp_path: Path) -> None:
     for wrong in (["--model", "m"], ["--grid", "1"], ["--model", "m", "--text", "t", "--embeddings", "u", "v"]):
         with pytest.raises(SystemExit):

@@ -117,6 +117,17 @@ def test_every_tile_edge(dimension: str, size: int, dtype: torch.dtype) -> None:
     assert_exact(draw(**sizes, dtype=dtype), options, dtype, slack=10 if sizes["d"] == 2 else 1)
 
 
+def test_long_rows_keep_float32s_digits() -> None:
+    """Products are summed in short chains: in one over all dimensions they would lose ten times as much as eager's."""
+    inputs = draw(40, 40, 1024, torch.float32)
+    common = torch.randn(1024, generator=torch.Generator().manual_seed(0))
+    inputs = {name: x / x.norm(dim=1, keepdim=True) * 32 + 2 * common for name, x in inputs.items()}
+    exact = run(reference.info_nce, {name: x.double() for name, x in inputs.items()}, {})
+    ours, eager = (run(*how) for how in ((HF.info_nce, inputs, {"backend": "cuda"}), (reference.info_nce, inputs, {})))
+    for error, of_eager in zip(errors_of(ours, exact), errors_of(eager, exact), strict=True):
+        assert error <= 3 * of_eager, (errors_of(ours, exact), errors_of(eager, exact))
+
+
 def test_orders_of_warps_and_lanes(order: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         assert_exact(draw(66, 67, 136, dtype, negatives=66, extra=70), {"hard_negative_weight": 0.5}, dtype)
