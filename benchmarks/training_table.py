@@ -20,13 +20,19 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from hicl_fast._command import Parser, command, needs, output_file, output_folder, whole
 from hicl_fast.evaluation import TASKS, average, evaluate
 from hicl_fast.evaluation.senteval import DEVELOPMENT_TASK
-from hicl_fast.trainer.cli import train
-from hicl_fast.trainer.encoder import SentenceEncoder
-from hicl_fast.trainer.methods import METHODS, Views
+
+with needs("trainer", __name__):
+    from tqdm import tqdm
+
+    from hicl_fast.trainer.checks import Diverged, LossMismatch
+    from hicl_fast.trainer.cli import train
+    from hicl_fast.trainer.encoder import SentenceEncoder
+    from hicl_fast.trainer.methods import METHODS, Views
+    from hicl_fast.trainer.token_pooling import POOLERS
 
 COLUMNS = (*TASKS, "avg", DEVELOPMENT_TASK)
 Scores = dict[str, float | None]
@@ -52,6 +58,7 @@ class Uniformity:
 
     segmented: ClassVar[bool] = False
     max_seq_length: ClassVar[int] = 32
+    options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, args: Any) -> None:
         self.fused: nn.Module = UniformityLoss(args.temp)
@@ -62,6 +69,7 @@ class Uniformity:
     reference = loss
 
 
+@command("trainer", Diverged, LossMismatch)
 def main(argv: list[str] | None = None) -> dict[str, list[Scores]]:
     METHODS.setdefault("uniformity", Uniformity)
     args = parse(sys.argv[1:] if argv is None else argv)
@@ -77,16 +85,16 @@ def main(argv: list[str] | None = None) -> dict[str, list[Scores]]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     own, for_trainer = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--start", required=True, help="the model every run starts from: a hub name or a folder")
     add("--data_dir", required=True, type=Path, help="SentEval's data folder")
     add("--train_file", required=True, type=Path)
-    add("--output_dir", required=True, type=Path, help="holds a folder for each run")
+    add("--output_dir", required=True, type=output_folder, help="holds a folder for each run")
     add("--methods", nargs="+", choices=list(METHODS), default=["simcse", "hicl", "uniformity"], metavar="METHOD")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
-    add("--pooler_type", default="avg")
-    add("--json", type=Path, help="write every run's scores to this file")
+    add("--seeds", nargs="+", type=whole(0), default=[0, 1, 2], metavar="SEED")
+    add("--pooler_type", choices=sorted(POOLERS), default="avg")
+    add("--json", type=output_file, help="write every run's scores to this file")
     args = parser.parse_args(own)
     args.for_trainer = for_trainer
     return args

@@ -20,6 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from hicl_fast import _checks as check
+from hicl_fast._command import (
+    Parser,
+    backend,
+    check_backend,
+    check_output_file,
+    command,
+    device,
+    usage,
+    whole,
+)
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -97,20 +109,19 @@ def _check_finite(query: Tensor, similarity: Tensor, first: int) -> None:
         raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
 
 
+@command("evaluation")
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    try:
+    with usage():
         _check_numbers(args)
-        written, left_out = _run(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        _check_files(args)
+    written, left_out = _run(args)
     print(f"{args.output}: {written} queries with {args.k} negatives each", end="", file=sys.stderr)
     print(f"; {left_out} had fewer and were left out" if left_out else "", file=sys.stderr)
 
 
 def _run(args: argparse.Namespace) -> tuple[int, int]:
     """How many queries were written and left out."""
-    _check_files(args)
     from tqdm import tqdm
 
     encoder = None if _is_array(args.query) else _encoder(args)
@@ -217,7 +228,7 @@ def _positives(path: Path | None, num_queries: int, num_corpus: int) -> Tensor |
         if line != "-" and not (line.isascii() and line.isdigit() and int(line) < num_corpus):
             raise ValueError(
                 f'positives: expected a line number of the corpus, 0 to {num_corpus - 1}, or "-", '
-                f"got {line!r}, {path}:{number}"
+                f"got {check.shown(line)}, {path}:{number}"
             )
     return torch.tensor([NO_POSITIVE if line == "-" else int(line) for line in lines])
 
@@ -241,8 +252,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise ValueError(f"skip: expected 0 to {MOST - args.k}, so that skip + k is at most {MOST}, got {args.skip}")
     if args.max_similarity is not None and not -1 <= args.max_similarity <= 1:
         raise ValueError(f"max_similarity: expected a cosine, -1 to 1, got {args.max_similarity}")
-    if args.batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {args.batch_size}")
+    check_backend(args.backend, "hard_negatives", args.device or "cpu")
 
 
 def _check_files(args: argparse.Namespace) -> None:
@@ -256,8 +266,7 @@ def _check_files(args: argparse.Namespace) -> None:
         raise ValueError(f"corpus: expected a file of query's kind, text or .npy, got {args.query} and {args.corpus}")
     if not _is_array(args.query) and args.model_name_or_path is None:
         raise ValueError(f"model_name_or_path: expected an encoder for the sentences of {args.query}, got none")
-    if not args.output.resolve().parent.is_dir():
-        raise ValueError(f"output: expected a file in a folder that is there, got {args.output}")
+    check_output_file("output", args.output)
 
 
 @contextmanager
@@ -277,7 +286,7 @@ def _written_at_once(path: Path) -> Iterator[TextIO]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m hicl_fast.mine", description=__doc__)
+    parser = Parser(prog="python -m hicl_fast.mine", description=__doc__)
     add = parser.add_argument
     add("--query", required=True, type=Path, help="sentences, one a line, or a .npy file of embeddings")
     add("--corpus", required=True, type=Path, help="where the negatives come from; of the same kind")
@@ -292,10 +301,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--model_name_or_path", help="a folder the trainer wrote, or any encoder transformers can load; for text")
     add("--pooler_type", help="default: what the model's config records, otherwise avg")
-    add("--max_seq_length", type=int, help="tokens kept of a sentence; default: all the model takes")
-    add("--batch_size", type=int, default=64, help="sentences embedded at a time")
-    add("--device", help="where to embed and search; default: embed on a GPU where there is one, search on the CPU")
-    add("--backend", default="auto", help="of the search: auto, torch, cpp, triton or cuda")
+    add("--max_seq_length", type=whole(1), help="tokens kept of a sentence; default: all the model takes")
+    add("--batch_size", type=whole(1), default=64, help="sentences embedded at a time")
+    add(
+        "--device",
+        type=device,
+        help="where to embed and search; default: embed on a GPU where there is one, search on the CPU",
+    )
+    add("--backend", type=backend, default="auto", help="of the search: auto, torch, cpp, triton or cuda")
     return parser
 
 

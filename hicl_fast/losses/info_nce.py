@@ -13,6 +13,7 @@ from hicl_fast import functional as HF
 from hicl_fast.distributed import Gather, Ranks, Shares, agree, attempt, check_gather, joined_means, ranks_of
 from hicl_fast.distributed.gathering import describe_rows, gather_rows
 from hicl_fast.distributed.info_nce import Part, joined_info_nce
+from hicl_fast.functional._arguments import check_info_nce_options
 from hicl_fast.losses import hncse
 from hicl_fast.losses.hncse import Groups, HardNegativeMixing, Mixtures, PositiveMixing
 from hicl_fast.losses.queue import NegativeQueue
@@ -92,6 +93,19 @@ class FusedInfoNCELoss(nn.Module):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
+        check.flag("learnable_temperature", learnable_temperature)
+        check_info_nce_options(
+            hard_negative_weight=hard_negative_weight,
+            same_group=same_group,
+            margin=margin,
+            symmetric=symmetric,
+            reduction=reduction,
+            precision=precision,
+            backend=backend,
+        )
+        check.whole_number("queue_size", queue_size, 0)
+        check.instance("hard_negative_mixing", hard_negative_mixing, HardNegativeMixing)
+        check.instance("positive_mixing", positive_mixing, PositiveMixing)
         for name, mixing in (("hard_negative_mixing", hard_negative_mixing), ("positive_mixing", positive_mixing)):
             if symmetric and mixing is not None:
                 raise ValueError(f"{name}: expected None with symmetric=True, since a mixture has one direction")

@@ -28,8 +28,7 @@ class NegativeQueue(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"size: expected a whole number of rows, at least 1, got {check.describe(size)}")
+        check.whole_number("size", size, 1)
         self.size = size
         self.register_buffer("storage", torch.empty(0, 0))
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))

@@ -31,6 +31,7 @@ class Method(Protocol):
 
     segmented: ClassVar[bool]  # cut documents into segments?
     max_seq_length: ClassVar[int]  # default of the argument
+    options: ClassVar[frozenset[str]]  # which of the options that not all methods have: groups in arguments.py
     fused: Any  # the loss module: ``last`` holds scalars for the log, ``state_dict`` what a checkpoint must keep
 
     def __init__(self, args: MethodArguments, seed: int = 0) -> None:
@@ -51,6 +52,7 @@ class SimCSE:
 
     segmented: ClassVar[bool] = False
     max_seq_length: ClassVar[int] = 32
+    options: ClassVar[frozenset[str]] = frozenset({"pairs"})
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes()
 
     def __init__(self, args: MethodArguments, seed: int = 0) -> None:
@@ -80,18 +82,21 @@ class SimCSE:
 class HNCSENegatives(SimCSE):
     """SimCSE with mixtures of hard negatives."""
 
+    options: ClassVar[frozenset[str]] = SimCSE.options | {"mixed negatives"}
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes(negatives=True)
 
 
 class HNCSEPositives(SimCSE):
     """SimCSE with positives mixed with hard negatives."""
 
+    options: ClassVar[frozenset[str]] = SimCSE.options | {"mixed positives"}
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes(positives=True)
 
 
 class HNCSE(SimCSE):
     """Both."""
 
+    options: ClassVar[frozenset[str]] = HNCSENegatives.options | HNCSEPositives.options
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes(negatives=True, positives=True)
 
 
@@ -100,6 +105,7 @@ class HiCL:
 
     segmented: ClassVar[bool] = True
     max_seq_length: ClassVar[int] = 512
+    options: ClassVar[frozenset[str]] = frozenset({"segments"})
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes()
 
     def __init__(self, args: MethodArguments, seed: int = 0) -> None:
@@ -135,6 +141,7 @@ class HiCL:
 class HiCLHNCSE(HiCL):
     """HiCL with both of HNCSE's mixings in the global loss."""
 
+    options: ClassVar[frozenset[str]] = HiCL.options | {"mixed negatives", "mixed positives"}
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes(negatives=True, positives=True)
 
 
