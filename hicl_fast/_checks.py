@@ -15,8 +15,11 @@ from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# Of what is shown in a message: characters of one value, members of a container, containers inside one another.
+_LARGEST_INT64 = 2**63 - 1
+
+# Of what is shown in a message: characters of one value, and of all of a container; its members, and how deep they go.
 _LONGEST = 60
+_LONGEST_IN_ALL = 200
 _MOST_MEMBERS = 4
 _DEEPEST = 2
 _PLAIN = (type(None), bool, int, float, complex, type, np.generic, torch.dtype, torch.device, enum.Enum, PurePath)
@@ -49,7 +52,7 @@ def shown(value: object, depth: int = _DEEPEST) -> str:
 
 
 def _shown_members(value: Collection[object], depth: int) -> str:
-    opening, closing = {list: "[]", tuple: "()"}.get(type(value), "{}")
+    opening, closing = ("[", "]") if isinstance(value, list) else ("(", ")") if isinstance(value, tuple) else ("{", "}")
     if not value:
         return opening + closing
     if depth == 0:
@@ -61,7 +64,8 @@ def _shown_members(value: Collection[object], depth: int) -> str:
             break
         key = f"{shown(member, 0)}: " if isinstance(value, Mapping) else ""
         members.append(key + shown(value[member] if isinstance(value, Mapping) else member, depth - 1))
-    return opening + ", ".join(members) + closing
+    text = ", ".join(members)
+    return opening + (text if len(text) <= _LONGEST_IN_ALL else f"{text[:_LONGEST_IN_ALL]}…") + closing
 
 
 def floating_matrix(name: str, value: Tensor, shape: str, *, like: Tensor | None = None) -> None:
@@ -124,7 +128,9 @@ def whole_number(name: str, value: object, least: int, most: int | None = None) 
     expected = f"a whole number, at least {least}" if most is None else f"a whole number from {least} to {most}"
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
-    if value < least or (most is not None and value > most):
+    if value > _LARGEST_INT64 and most is None:
+        expected = f"a whole number from {least} to {_LARGEST_INT64}"
+    if value < least or value > (_LARGEST_INT64 if most is None else most):
         raise ValueError(f"{name}: expected {expected}, got {shown(value)}")
 
 

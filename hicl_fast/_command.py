@@ -68,6 +68,8 @@ def command(extra: str = "trainer", *errors: type[Exception]) -> Callable[[Main]
         errors: what it raises with words for the user, beside ValueError, OSError and BackendError.
     """
 
+    in_words: tuple[type[Exception], ...] = (ValueError, OSError, BackendError, *errors)
+
     def decorate(main: Main) -> Main:
         @functools.wraps(main)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -75,7 +77,7 @@ def command(extra: str = "trainer", *errors: type[Exception]) -> Callable[[Main]
                 return main(*args, **kwargs)
             except UsageError as error:
                 fail(str(error), 2)
-            except (ValueError, OSError, BackendError, *errors) as error:
+            except in_words as error:
                 fail(str(error), 1)
             except ImportError as error:
                 if (missing := _missing(error, extra)) is None:
@@ -113,16 +115,19 @@ def _missing(error: ImportError, extra: str) -> str | None:
     if package in EXTRAS:
         return f"{package} is not installed: pip install 'hicl-fast[{EXTRAS[package] or extra}]'"
     if error.name is None:  # a library's own words for what it lacks itself
-        return f"{check.shown(str(error))}: pip install 'hicl-fast[{extra}]'"
+        words = " ".join(str(error).split())
+        return f"{words[:LONGEST_MESSAGE]} (or: pip install 'hicl-fast[{extra}]')"
     return None
 
 
 @contextmanager
 def usage() -> Iterator[None]:
-    """Around checks of options: what they refuse is the user's to put right."""
+    """Around checks of options: what they refuse is the user's to put right, any other TypeError a bug."""
     try:
         yield
     except (ValueError, TypeError) as error:
+        if isinstance(error, TypeError) and not re.match(r"[\w-]+: expected ", str(error)):
+            raise
         raise UsageError(str(error)) from error
 
 

@@ -146,7 +146,8 @@ def paradigm_settings(
         check.one_of("modified", name, ("gd", "w", "r"))
     if modified and objective not in MODIFIABLE:
         raise ValueError(
-            f"modified: expected none with {objective!r}; only {', '.join(MODIFIABLE)} have modified forms"
+            f"modified: expected none with {objective!r}, got {check.shown(modified)}; "
+            f"only {', '.join(MODIFIABLE)} have modified forms"
         )
     margin = DEFAULT_MARGIN[objective] if margin is None else margin
     if objective == "arccon":

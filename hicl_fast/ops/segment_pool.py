@@ -42,7 +42,7 @@ def _check_values(segments: Tensor, offsets: Tensor, weights: Tensor | None) -> 
         begin, end = int(offsets[at]), int(offsets[at + 1])
         what = "is empty" if begin == end else "falls"
         raise ValueError(
-            f"offsets: expected at least one segment in every sequence; sequence {at} {what}: {begin}:{end}"
+            f"offsets: expected at least one segment in every sequence; sequence {at} {what}: got {begin}:{end}"
         )
 
 

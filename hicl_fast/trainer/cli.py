@@ -76,7 +76,7 @@ def parse(argv: list[str] | None) -> Arguments:
     Raises:
         UsageError: one is not as expected.
     """
-    parser = TrainerParser(OPTIONS, prog="python -m hicl_fast.trainer")  # type: ignore[arg-type]
+    parser = TrainerParser(OPTIONS, prog="python -m hicl_fast.trainer")  # type: ignore[arg-type,misc]
     with usage():
         *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
         if unknown:

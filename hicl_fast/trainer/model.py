@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -103,6 +104,9 @@ def _open_quietly(name_or_path: str | Path) -> tuple[PreTrainedModel, set[str]]:
     transformers_logging.set_verbosity_error()
     try:
         encoder, info = AutoModel.from_pretrained(str(name_or_path), output_loading_info=True, dtype=torch.float32)
+    except (SafetensorError, RuntimeError) as error:  # a file cut short, or weights of other shapes
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"model_name_or_path: expected a model that can be opened, got {name_or_path}: {reason}") from error
     finally:
         transformers_logging.set_verbosity(level)
     return encoder, set(info["missing_keys"])
