@@ -85,6 +85,12 @@ def row_length(name: str, value: Tensor, expected: int) -> None:
         raise ValueError(f"{name}: expected rows of length {expected}, as query has, got {describe(value)}")
 
 
+def rows_like(name: str, value: Tensor, shape: str, query: Tensor) -> None:
+    """A 2-d floating-point tensor on the query's device, with rows of its length."""
+    floating_matrix(name, value, shape, like=query)
+    row_length(name, value, query.shape[1])
+
+
 def index_vector(name: str, value: Tensor, length: int, what: str, like: Tensor) -> None:
     """A 1-d int64 tensor of a known length."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
@@ -141,7 +147,9 @@ def is_number(value: object) -> bool:
 
 def is_finite(value: Any) -> bool:
     """Of a number: not NaN, not infinite, and small enough for a float."""
-    return -sys.float_info.max <= value <= sys.float_info.max
+    if isinstance(value, int):
+        return abs(value) <= sys.float_info.max
+    return -math.inf < value < math.inf
 
 
 def real_number(name: str, value: object) -> None:

@@ -55,8 +55,10 @@ def random_pairs(
     if not 2 <= k <= LARGEST_K:
         raise ValueError(f"k: expected 2 to {LARGEST_K} vectors, of which two are mixed, got {check.shown(k)}")
     for name in ("num_rows", "num_mixed", "first_row"):
-        if not 0 <= (value := numbers[name]) < 1 << 63:
-            raise ValueError(f"{name}: expected at least 0, and a number of 64 bits, got {check.shown(value)}")
+        if (value := numbers[name]) < 0:
+            raise ValueError(f"{name}: expected at least 0, got {check.shown(value)}")
+        if isinstance(value, int) and value >= _WORD // 2:
+            raise ValueError(f"{name}: expected a number of 64 bits, got {check.shown(value)}")
     if _runs_in_cpp(device, *numbers.values()):
         return torch.ops.hicl_fast_cpp.random_pairs(num_rows, num_mixed, k, _signed(seed % _WORD), first_row)
     return _random_pairs(num_rows, num_mixed, k, seed, device, first_row)

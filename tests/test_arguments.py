@@ -171,7 +171,7 @@ TABLE: dict[str, tuple[Make, dict[str, list[Any]]]] = {
     ),
     "paradigm": (
         lambda **options: HF.paradigm(**{"u": u, "v": v, "objective": "vicreg", "modified": ("gd", "r"), **options}),
-        {**PARADIGM, "u": [*MATRIX, torch.randn(1, 3)], "v": [*MATRIX, torch.randn(3, 3)]},
+        {**PARADIGM, "u": MATRIX, "v": [*MATRIX, torch.randn(3, 3)]},
     ),
     "paradigm's hinges": (
         lambda **options: HF.paradigm(u, v, "met", **options),

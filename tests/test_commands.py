@@ -117,6 +117,7 @@ TRAINER = "--model_name_or_path scratch:small --train_file text --output_dir out
         ("--data_dir nowhere", "data_dir: expected SentEval's folder"),
         ("--eval_steps 5", "data_dir: expected SentEval's data folder"),
         ("--model_name_or_path scratch:huge", "model_name_or_path: expected scratch:small"),
+        (f"--model_name_or_path scratch:{LONG}", "model_name_or_path: expected scratch:small"),
         (f"--method {LONG}", "method: expected one of simcse, "),
         (f"--mehtod {LONG}", "unrecognized arguments: --mehtod xxx"),
         (f"--max_steps {LONG}", "max_steps: invalid int value: 'xxx"),

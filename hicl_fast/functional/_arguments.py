@@ -18,10 +18,11 @@ def check_matrices(query: Tensor, key: Tensor, negatives: Tensor | None, bank: T
     check.floating_matrix("query", query, "(N, D)")
     if query.shape[0] == 0 or query.shape[1] == 0:
         raise ValueError(f"query: expected at least one row and one dimension, got {check.describe(query)}")
-    for name, value, shape in (("key", key, "(M, D)"), ("negatives", negatives, "(P, D)"), ("bank", bank, "(B, D)")):
-        if value is not None or name == "key":
-            check.floating_matrix(name, value, shape, like=query)  # type: ignore[arg-type]
-            check.row_length(name, value, query.shape[1])
+    check.rows_like("key", key, "(M, D)", query)
+    if negatives is not None:
+        check.rows_like("negatives", negatives, "(P, D)", query)
+    if bank is not None:
+        check.rows_like("bank", bank, "(B, D)", query)
 
 
 def check_rows(
@@ -60,7 +61,9 @@ def check_k(k: int, query: Tensor, key: Tensor, num_positives: int) -> None:
     most = min(MOST_NEGATIVES, key.shape[0] - num_positives)
     if not 1 <= k <= most:
         came = f"{query.shape[0]} queries and {key.shape[0]} keys, of which row 0 has {most} candidates"
-        raise ValueError(f"k: expected 1 to {most}, got {check.shown(k)}" + (f", with {came}" if most < MOST_NEGATIVES else ""))
+        raise ValueError(
+            f"k: expected 1 to {most}, got {check.shown(k)}" + (f", with {came}" if most < MOST_NEGATIVES else "")
+        )
 
 
 def check_index(query: Tensor, index: Tensor) -> None:

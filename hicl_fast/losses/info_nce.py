@@ -323,10 +323,9 @@ def _check_shares(
     check.floating_matrix("query", query, "(N, D)")
     if query.numel() == 0:
         raise ValueError(f"query: expected at least one row and one dimension, got {check.describe(query)}")
-    for name, value, shape in (("key", key, "(M, D)"), ("negatives", negatives, "(P, D)")):
-        if value is not None or name == "key":
-            check.floating_matrix(name, value, shape, like=query)  # type: ignore[arg-type]
-            check.row_length(name, value, query.shape[1])
+    check.rows_like("key", key, "(M, D)", query)
+    if negatives is not None:
+        check.rows_like("negatives", negatives, "(P, D)", query)
     if len(key) < len(query):
         raise ValueError(f"key: expected at least {len(query)} rows, one for each query, got {check.describe(key)}")
     if (query_group is None) != (key_group is None):

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import HfArgumentParser, PreTrainedTokenizerBase, set_seed
 
+from hicl_fast import _checks as check
 from hicl_fast._command import Parser, check_backend, check_output_folder, command, usage
 from hicl_fast.evaluation import Task, average, evaluate, find_root, read_task, table
 from hicl_fast.evaluation.senteval import DEVELOPMENT_TASK
@@ -103,7 +104,9 @@ def check_options(args: Arguments) -> None:
         )
     name = args.model.model_name_or_path
     if name.startswith("scratch:") and name != scratch.NAME:
-        raise ValueError(f"model_name_or_path: expected {scratch.NAME}, the only model made from scratch, got {name!r}")
+        raise ValueError(
+            f"model_name_or_path: expected {scratch.NAME}, the only model made from scratch, got {check.shown(name)}"
+        )
     check_backend(args.method.backend, "info_nce", training.device)
     method(args.method, training.seed)  # the loss has its own checks
     total, segment_length = lengths(args, method)

@@ -106,7 +106,9 @@ def _open_quietly(name_or_path: str | Path) -> tuple[PreTrainedModel, set[str]]:
         encoder, info = AutoModel.from_pretrained(str(name_or_path), output_loading_info=True, dtype=torch.float32)
     except (SafetensorError, RuntimeError) as error:  # a file cut short, or weights of other shapes
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"model_name_or_path: expected a model that can be opened, got {name_or_path}: {reason}") from error
+        raise ValueError(
+            f"model_name_or_path: expected a model that can be opened, got {name_or_path}: {reason}"
+        ) from error
     finally:
         transformers_logging.set_verbosity(level)
     return encoder, set(info["missing_keys"])
