@@ -224,7 +224,7 @@ def cases() -> Iterator[Any]:
             yield pytest.param(make, name, values, id=f"{owner}-{name}")
 
 
-@pytest.mark.parametrize(("make", "name", "values"), cases())
+@pytest.mark.parametrize(("make", "name", "values"), list(cases()))
 def test_what_is_wrong_is_named_at_once_and_briefly(make: Make, name: str, values: list[Any]) -> None:
     for value in values:
         with pytest.raises((ValueError, TypeError)) as said:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hicl_fast import _checks as check
 from hicl_fast import functional as HF
+from hicl_fast.backend import registry
 from hicl_fast.reference.info_nce import Reduction
 
 __all__ = ["FusedContrastiveLoss"]
@@ -38,6 +39,8 @@ class FusedContrastiveLoss(nn.Module):
     def __init__(self, temperature: float = 0.05, *, gather: bool = False, backend: str = "auto") -> None:
         super().__init__()
         check.positive_number("temperature", temperature)
+        check.flag("gather", gather)
+        registry.check_name(backend)
         self.temperature, self.gather, self.backend = temperature, gather, backend
 
     def forward(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hicl_fast import _checks as check
 from hicl_fast import losses
 from hicl_fast.integrations.sentence_transformers.slicing import Segmented, cut_into_segments
 from hicl_fast.reference.info_nce import SameGroup
@@ -45,6 +46,7 @@ class FusedHNCSELoss(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(hard_negative_mixing, str):
+            check.one_of("hard_negative_mixing", hard_negative_mixing, ("default",))
             hard_negative_mixing = losses.HardNegativeMixing("auto")
         self.model = model
         self.temperature = temperature
@@ -115,6 +117,9 @@ class FusedHiCLLoss(nn.Module):
         pooling: Literal["length", "mean"] = "length",
     ) -> None:
         super().__init__()
+        check.whole_number("segment_length", segment_length, 1)
+        if max_segments is not None:
+            check.whole_number("max_segments", max_segments, 1)
         self.model = model
         self.segment_length, self.max_segments = segment_length, max_segments
         self.loss = losses.FusedHiCLLoss(
