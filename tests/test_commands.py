@@ -77,6 +77,7 @@ TRAINER = "--model_name_or_path scratch:small --train_file text --output_dir out
         ("--gradient_cache_chunk_size -1", "gradient_cache_chunk_size: expected a whole number, at least 0, got -1"),
         ("--backend cudaa", "backend: expected 'auto' or one of 'torch', 'cpp', 'triton', 'cuda', got 'cudaa'"),
         ("--backend cuda", "backend 'cuda' can't run info_nce here: "),
+        ("--report_to nowhere", "report_to: expected one that is installed, none, all"),
         ("--gather some", "gather: expected one of none, all, ring, got 'some'"),
         ("--pooler_type median", "pooler_type: expected one of cls, "),
         (

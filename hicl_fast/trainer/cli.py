@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser, PreTrainedTokenizerBase, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 from hicl_fast import _checks as check
 from hicl_fast._command import Parser, check_backend, check_output_folder, command, usage
@@ -108,6 +109,7 @@ def check_options(args: Arguments) -> None:
             f"model_name_or_path: expected {scratch.NAME}, the only model made from scratch, got {check.shown(name)}"
         )
     check_backend(args.method.backend, "info_nce", training.device)
+    check_report_to(training.report_to)
     method(args.method, training.seed)  # the loss has its own checks
     total, segment_length = lengths(args, method)
     if total < segment_length:
@@ -117,6 +119,15 @@ def check_options(args: Arguments) -> None:
         raise ValueError(
             "data_dir: expected SentEval's data folder, as --eval_strategy and --eval_steps need, got none"
         )
+
+
+def check_report_to(report_to: str | list[str] | None) -> None:
+    installed = ("none", "all", *get_available_reporting_integrations())
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        if name not in installed:
+            raise ValueError(
+                f"report_to: expected one that is installed, {', '.join(installed)}, got {check.shown(name)}"
+            )
 
 
 def lengths(args: Arguments, method: type[Method] | Method) -> tuple[int, int]:
