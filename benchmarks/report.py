@@ -7,16 +7,29 @@ A row holds ``batch``, ``name`` and either ``skipped``, the reason, or a timing 
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+from hicl_fast._command import output_file
+
 Row = dict[str, Any]
 
 
-def write(rows: list[Row], about: dict[str, Any], baseline: str, json_file: str | None, plot_file: str | None) -> None:
+def plot_option(text: str) -> Path:
+    """An argparse type: found out before anything is measured."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("expected matplotlib, which draws it: pip install 'hicl-fast[bench]'")
+    return output_file(text)
+
+
+def write(
+    rows: list[Row], about: dict[str, Any], baseline: str, json_file: Path | None, plot_file: Path | None
+) -> None:
     if json_file:
-        Path(json_file).write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+        json_file.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
     if plot_file:
         plot(rows, about, baseline, plot_file)
 
@@ -40,7 +53,7 @@ def table(rows: list[Row], ratio: str) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[Row], about: dict[str, Any], baseline: str, path: str) -> None:
+def plot(rows: list[Row], about: dict[str, Any], baseline: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

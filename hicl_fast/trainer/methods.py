@@ -32,6 +32,7 @@ class Method(Protocol):
     segmented: ClassVar[bool]  # cut documents into segments?
     most_columns: ClassVar[int | None]  # of the text: 1 sentence, 2 and positive, None and any number of hard negatives
     max_seq_length: ClassVar[int]  # default of the argument
+    options: ClassVar[frozenset[str]]  # which of the options that not all methods have: groups in arguments.py
     fused: Any  # the loss module: ``last`` holds scalars for the log, ``state_dict`` what a checkpoint must keep
 
     def __init__(self, args: MethodArguments, seed: int = 0) -> None:
@@ -53,6 +54,7 @@ class SimCSE:
     segmented: ClassVar[bool] = False
     most_columns: ClassVar[int | None] = None
     max_seq_length: ClassVar[int] = 32
+    options: ClassVar[frozenset[str]] = frozenset({"pairs"})
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes()
 
     def __init__(self, args: MethodArguments, seed: int = 0) -> None:
@@ -82,18 +84,21 @@ class SimCSE:
 class HNCSENegatives(SimCSE):
     """SimCSE with mixtures of hard negatives."""
 
+    options: ClassVar[frozenset[str]] = SimCSE.options | {"mixed negatives"}
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes(negatives=True)
 
 
 class HNCSEPositives(SimCSE):
     """SimCSE with positives mixed with hard negatives."""
 
+    options: ClassVar[frozenset[str]] = SimCSE.options | {"mixed positives"}
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes(positives=True)
 
 
 class HNCSE(SimCSE):
     """Both."""
 
+    options: ClassVar[frozenset[str]] = HNCSENegatives.options | HNCSEPositives.options
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes(negatives=True, positives=True)
 
 
@@ -103,6 +108,7 @@ class HiCL:
     segmented: ClassVar[bool] = True
     most_columns: ClassVar[int | None] = 1  # a pair's segments don't match
     max_seq_length: ClassVar[int] = 512
+    options: ClassVar[frozenset[str]] = frozenset({"segments"})
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes()
 
     def __init__(self, args: MethodArguments, seed: int = 0) -> None:
@@ -138,6 +144,7 @@ class HiCL:
 class HiCLHNCSE(HiCL):
     """HiCL with both of HNCSE's mixings in the global loss."""
 
+    options: ClassVar[frozenset[str]] = HiCL.options | {"mixed negatives", "mixed positives"}
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes(negatives=True, positives=True)
 
 

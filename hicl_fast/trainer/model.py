@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -171,6 +172,11 @@ def _open_quietly(
             dtype=torch.float32,
             trust_remote_code=False,
         )
+    except (SafetensorError, RuntimeError) as error:  # a file cut short, or weights of other shapes
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"model_name_or_path: expected a model that can be opened, got {name_or_path}: {reason}"
+        ) from error
     finally:
         transformers_logging.set_verbosity(level)
     return encoder, set(info["missing_keys"])

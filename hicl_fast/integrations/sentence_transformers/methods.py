@@ -143,9 +143,9 @@ class FusedHiCLLoss(nn.Module):
         pooling: Literal["length", "mean"] = "length",
     ) -> None:
         super().__init__()
-        _check_whole_number("segment_length", segment_length)
+        check.whole_number("segment_length", segment_length, 1)
         if max_segments is not None:
-            _check_whole_number("max_segments", max_segments)
+            check.whole_number("max_segments", max_segments, 1)
         tokenizer: Any = getattr(model, "tokenizer", None)
         if hasattr(tokenizer, "num_special_tokens_to_add"):
             check_room(segment_length, tokenizer.num_special_tokens_to_add())
