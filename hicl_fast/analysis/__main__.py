@@ -89,8 +89,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--output_dir", type=Path, required=True)
-    add("--model", help="a folder the trainer wrote, or any encoder transformers can load; with --text")
-    add("--text", metavar="FILE", help="sentences one a line, each embedded twice under dropout")
+    add("--model", help="a folder of the trainer or sentence-transformers, or any encoder; with --text")
+    add("--text", metavar="FILE", help="sentences, one a line or in a table, each embedded twice under dropout")
     add("--max_sentences", type=int, default=1024)
     add("--embeddings", nargs=2, metavar=("U.npy", "V.npy"), help="two views (N, D) instead of a model")
     add("--grid", type=int, default=40, help="points along each angle")
