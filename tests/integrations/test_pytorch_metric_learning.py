@@ -17,7 +17,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu  # noqa: E
 
 from hicl_fast.integrations import pytorch_metric_learning as fused  # noqa: E402
 from tests.distributed.cluster import Cluster, RankError  # noqa: E402
-from tests.integrations.test_sentence_transformers import Largest  # noqa: E402
+from tests.integrations.conftest import Largest  # noqa: E402
 
 NAMES = ["NTXentLoss", "SupConLoss"]
 DISTANCES: dict[str, Any] = {
