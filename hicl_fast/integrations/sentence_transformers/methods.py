@@ -171,7 +171,7 @@ class FusedHiCLLoss(nn.Module):
     def _cut(self, features: Features) -> Segmented:
         return cut_into_segments(
             features,
-            self.model.tokenizer,
+            _unwrapped(self.model).tokenizer,
             self.segment_length,
             self.max_segments,
             prompt_length=excluded_prompt_length(self.model, features),
@@ -203,6 +203,13 @@ class FusedHiCLLoss(nn.Module):
 def _twice(columns: list[Column]) -> list[Column]:
     """Columns to compare; a single one with itself, under another dropout mask."""
     return columns * 2 if len(columns) == 1 else columns
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model inside what data parallelism puts in its place, which the trainer sets on its loss."""
+    while not hasattr(model, "tokenizer") and hasattr(model, "module"):
+        model = model.module
+    return model
 
 
 def _copy(features: Features) -> Features:
