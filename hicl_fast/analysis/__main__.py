@@ -92,7 +92,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--output_dir", type=output_folder, required=True)
     add("--model", help="a folder of the trainer or sentence-transformers, or any encoder; with --text")
-    add("--text", type=input_file, metavar="FILE", help="sentences, one a line or in a table, each embedded twice under dropout")
+    add(
+        "--text",
+        type=input_file,
+        metavar="FILE",
+        help="sentences, one a line or in a table, each embedded twice under dropout",
+    )
     add("--max_sentences", type=whole(2), default=1024)
     add(
         "--embeddings", type=input_file, nargs=2, metavar=("U.npy", "V.npy"), help="two views (N, D) instead of a model"
