@@ -67,7 +67,12 @@ class MethodArguments:
         "exclude", "hicl: what segments of one document are to each other: exclude, negative or positive"
     )
     segment_pooling: str = _option("length", "hicl: weight of a segment in its document: length or mean")  # type: ignore[assignment]
-    num_hard_negatives: int = _option(10, "hncse-hnm: a row's hardest negatives, two of which are mixed")  # type: ignore[assignment]
+    num_hard_negatives: int = _option(  # type: ignore[assignment]
+        10, "hncse-hnm: a row's hardest negatives, two of which are mixed; in a smaller batch as many as there are"
+    )
+    require_hard_negatives: bool = _option(  # type: ignore[assignment]
+        False, "hncse-hnm: stop at a batch whose rows have fewer than --num_hard_negatives"
+    )
     num_mixed: int = _option(40, "hncse-hnm: mixtures for each row")  # type: ignore[assignment]
     mixing_alpha: float = _option(0.5, "hncse-hnm: share of the first of two mixed negatives")  # type: ignore[assignment]
     bank: str = _option(  # type: ignore[assignment]

@@ -9,8 +9,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
 from transformers import HfArgumentParser, PreTrainedTokenizerBase, set_seed
 
+from hicl_fast import NegativeQueue
 from hicl_fast.evaluation import Task, average, evaluate, find_root, read_task, table
 from hicl_fast.evaluation.senteval import DEVELOPMENT_TASK
 from hicl_fast.trainer import checkpoints, scratch
@@ -174,7 +176,13 @@ def collator(
             f"train_file: --method {args.method.method} expects documents only, since a pair's segments do not match; "
             f"got {text.columns} columns"
         )
-    return ViewCollator(tokenizer, segment_length, max_segments=total // segment_length)
+    max_segments = total // segment_length
+    return ViewCollator(tokenizer, segment_length, max_segments, with_groups=keeps_keys(method.fused))
+
+
+def keeps_keys(loss: nn.Module) -> bool:
+    """Whether a loss compares with keys of earlier batches, of which some may be of the same text."""
+    return any(isinstance(module, NegativeQueue) for module in loss.modules())
 
 
 def report(args: Arguments) -> dict[str, float | None]:

@@ -74,7 +74,8 @@ class ContrastiveTrainer(Trainer):
 
         def views(rows: Tensor) -> Views:
             anchor, positive, *negative = rows.chunk(self.num_views)
-            return Views(anchor, positive, negative[0] if negative else None, inputs["offsets"], lengths)
+            hard_negative = negative[0] if negative else None
+            return Views(anchor, positive, hard_negative, inputs["offsets"], lengths, inputs.get("groups"))
 
         loss = self.method.loss(views(embeddings))
         if self._check_is_due():
