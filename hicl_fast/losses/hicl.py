@@ -122,6 +122,13 @@ class FusedHiCLLoss(nn.Module):
             A scalar, float32 (float64 where an input is float64).
         """
         if offsets is None:
+            if (
+                sequence_group is not None and not self.gather
+            ):  # all ranks have to hear of it, and do in the global loss
+                check.floating_matrix("segments", segments, "(S, D)")
+                check.index_vector(
+                    "sequence_group", sequence_group, len(segments), "a group for each sequence", segments
+                )
             loss = self.global_loss(segments, segments_positive, query_group=sequence_group, key_group=sequence_group)
             self._parts = {}
             return loss

@@ -194,12 +194,12 @@ class HardNegativeMixing(Stateful):
     def _say_fewer(self, k: int, fewest: int) -> None:
         if not self._has_said_fewer:
             self._has_said_fewer = True
-            mixed = f"these {fewest} are mixed" if fewest > 1 else "nothing is mixed"
+            done = f"{fewest} of each row's are mixed" if fewest > 1 else "nothing is mixed"
             logger.warning(
-                "hard-negative mixing: a batch whose rows have only %d negatives, k = %d: %s (said once)",
+                "hard-negative mixing: in this batch a row has %d negatives, fewer than k = %d: %s (said once)",
                 fewest,
                 k,
-                mixed,
+                done,
             )
 
     @torch.compiler.disable

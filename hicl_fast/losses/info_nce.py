@@ -167,6 +167,8 @@ class FusedInfoNCELoss(nn.Module):
         """
         if self.gather and (ranks := ranks_of(self.process_group)).size > 1:
             return self._forward_joined(query, key, negatives, query_group, key_group, ranks)
+        if self.hard_negative_mixing is not None or self.positive_mixing is not None:
+            _check_shares(query, key, negatives, query_group, key_group)  # mixing comes before info_nce's own checks
         temperature = self.temperature()
         groups = self._groups(query_group, key_group)
         if self.positive_mixing is not None:

@@ -161,7 +161,13 @@ class MethodArguments:
         check=_one_of("length", "mean"),
     )
     num_hard_negatives: int = _option(  # type: ignore[assignment]
-        10, "a row's hardest negatives, two of which are mixed", of="mixed negatives", check=_whole(2, MOST_NEGATIVES)
+        10,
+        "a row's hardest negatives, two of which are mixed; in a smaller batch as many as there are",
+        of="mixed negatives",
+        check=_whole(2, MOST_NEGATIVES),
+    )
+    require_hard_negatives: bool = _option(  # type: ignore[assignment]
+        False, "stop at a batch whose rows have fewer than --num_hard_negatives", of="mixed negatives"
     )
     num_mixed: int = _option(40, "mixtures for each row", of="mixed negatives", check=_whole(1))  # type: ignore[assignment]
     mixing_alpha: float = _option(  # type: ignore[assignment]

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import HfArgumentParser, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import get_available_reporting_integrations
 
+from hicl_fast import NegativeQueue
 from hicl_fast import _checks as check
 from hicl_fast._command import Parser, check_backend, check_output_folder, command, usage
 from hicl_fast.evaluation import Task, average, evaluate, find_root, read_task, table
@@ -253,7 +255,13 @@ def collator(args: Arguments, method: Method, tokenizer: PreTrainedTokenizerBase
         raise ValueError(f"{name}: expected {shortest} to {longest} tokens, as the model takes, got {segment_length}")
     if total < segment_length:
         raise ValueError(f"max_seq_length: expected at least one segment of {segment_length} tokens, got {total}")
-    return ViewCollator(tokenizer, segment_length, max_segments=total // segment_length)
+    max_segments = total // segment_length
+    return ViewCollator(tokenizer, segment_length, max_segments, with_groups=keeps_keys(method.fused))
+
+
+def keeps_keys(loss: nn.Module) -> bool:
+    """Whether a loss compares with keys of earlier batches, of which some may be of the same text."""
+    return any(isinstance(module, NegativeQueue) for module in loss.modules())
 
 
 def report(args: Arguments) -> dict[str, float | None]:

@@ -24,6 +24,7 @@ class Views(NamedTuple):
     negative: Tensor | None  # (P, D), each hard negative's column after the other; P = S where there is one
     offsets: Tensor  # (B + 1,) int64
     lengths: Tensor  # (S,) int64, tokens of each segment
+    groups: Tensor | None = None  # (B,) int64, the same for documents of the same text
 
 
 class Method(Protocol):
@@ -68,7 +69,9 @@ class SimCSE:
         )
 
     def loss(self, views: Views) -> Tensor:
-        return self.fused(views.anchor, views.positive, views.negative)
+        return self.fused(
+            views.anchor, views.positive, views.negative, query_group=views.groups, key_group=views.groups
+        )
 
     def reference(self, views: Views) -> Tensor:
         return mixing.reference_info_nce(
@@ -78,6 +81,8 @@ class SimCSE:
             temperature=self.temperature,
             negatives=views.negative,
             hard_negative_weight=self.hard_negative_weight,
+            query_group=views.groups,
+            key_group=views.groups,
         )
 
 
@@ -127,7 +132,7 @@ class HiCL:
         )
 
     def loss(self, views: Views) -> Tensor:
-        return self.fused(views.anchor, views.positive, views.offsets, views.lengths)
+        return self.fused(views.anchor, views.positive, views.offsets, views.lengths, sequence_group=views.groups)
 
     def reference(self, views: Views) -> Tensor:
         global_loss = functools.partial(mixing.reference_info_nce, self.fused.global_loss)
@@ -137,6 +142,7 @@ class HiCL:
             views.offsets,
             views.lengths,
             **self.settings,  # type: ignore[arg-type]
+            sequence_group=views.groups,
             global_loss=global_loss,
         )
 

@@ -31,6 +31,7 @@ def modules(mixes: Mixes, args: MethodArguments, seed: int) -> dict[str, Any]:
             args.mixing_alpha,
             bank=args.bank,  # type: ignore[arg-type]
             queue_size=args.queue_size,
+            require_k=args.require_hard_negatives,
             seed=seed,
             backend=args.backend,
         )

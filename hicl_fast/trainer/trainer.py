@@ -76,7 +76,7 @@ class ContrastiveTrainer(Trainer):
         def views(rows: Tensor) -> Views:
             size = len(lengths)
             negative = rows[2 * size :] if self.num_views > 2 else None
-            return Views(rows[:size], rows[size : 2 * size], negative, inputs["offsets"], lengths)
+            return Views(rows[:size], rows[size : 2 * size], negative, inputs["offsets"], lengths, inputs.get("groups"))
 
         loss = self.method.loss(views(embeddings))
         self._embeddings = embeddings.detach()
