@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,7 +20,8 @@ DEFAULT_POOLER = "avg"
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """Raises ValueError for a tokenizer without a fast (Rust) version or without a padding token."""
-    tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
+    with _opened(name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
     if not tokenizer.is_fast:
         raise ValueError(f"model_name_or_path: expected a model with a fast tokenizer, got {type(tokenizer).__name__}")
     if tokenizer.pad_token is None:
@@ -98,17 +101,23 @@ def write_sentence_transformers_files(
     return True
 
 
+@contextmanager
+def _opened(name_or_path: str | Path) -> Iterator[None]:
+    """Names the argument where there is no such model, a file is cut short or weights have other shapes."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"model_name_or_path: expected a model to open, got {name_or_path}: {reason}") from error
+
+
 def _open_quietly(name_or_path: str | Path) -> tuple[PreTrainedModel, set[str]]:
     """The encoder and the names of weights its folder lacks, without transformers' report: the caller judges them."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        encoder, info = AutoModel.from_pretrained(str(name_or_path), output_loading_info=True, dtype=torch.float32)
-    except (SafetensorError, RuntimeError) as error:  # a file cut short, or weights of other shapes
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"model_name_or_path: expected a model that can be opened, got {name_or_path}: {reason}"
-        ) from error
+        with _opened(name_or_path):
+            encoder, info = AutoModel.from_pretrained(str(name_or_path), output_loading_info=True, dtype=torch.float32)
     finally:
         transformers_logging.set_verbosity(level)
     return encoder, set(info["missing_keys"])
