@@ -18,6 +18,7 @@ from hicl_fast.evaluation import __main__ as evaluation
 from hicl_fast.trainer import cli
 from hicl_fast.trainer.arguments import MethodArguments
 from hicl_fast.trainer.methods import METHODS
+from hicl_fast.trainer.model import load_encoder, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 LONG = "x" * 5000
@@ -233,6 +234,19 @@ def test_devices_and_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as said:
         _command.check_output_file("out", deep)
     assert len(str(said.value)) < 500
+
+
+def test_a_model_that_can_not_be_opened(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 8, "num_attention_heads": 2}')
+    (tmp_path / "model.safetensors").write_text("cut short")
+    for load, path in (
+        (load_encoder, tmp_path),
+        (load_encoder, tmp_path / "nowhere"),
+        (load_tokenizer, tmp_path / "no"),
+    ):
+        with pytest.raises(ValueError, match="^model_name_or_path: expected a model to open, got /") as said:
+            load(path)
+        assert len(str(said.value)) < 500
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:

@@ -257,7 +257,6 @@ CHECKS_OF_TRANSFORMERS: dict[str, Callable[[str, Any], None]] = {
     "warmup_steps": check.non_negative_number,
     "save_steps": check.positive_number,
     "eval_steps": check.positive_number,
-    "save_total_limit": _whole(1),
     "seed": _whole(0, 2**32 - 1),
     "data_seed": _whole(0, 2**32 - 1),
     "dataloader_num_workers": _whole(0),
