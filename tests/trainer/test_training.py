@@ -127,6 +127,7 @@ def test_divergence_ends_a_run_and_says_so(
     with pytest.raises(SystemExit, match=r"^error: step 1: the model diverged: the loss is nan.*rate is 1e\+09") as end:
         main(command(sentences, learning_rate=1e9, **options))
     assert end.value.code == 1
+    assert not list((tmp_path / "run").glob("checkpoint-*")), "what led there is nothing to go on from"
 
 
 def test_evaluation_during_and_after_training(
