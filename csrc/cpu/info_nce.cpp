@@ -30,7 +30,7 @@ template <typename T>
 Result run(const Tensor& query, const Tensor& key, const OptionalTensor& target, const OptionalTensor& negatives,
            const OptionalTensor& bank, const OptionalTensor& extra_logits, const OptionalTensor& query_group,
            const OptionalTensor& key_group, const OptionalTensor& loss_grad, double row_weight, const Rules& rules,
-           const Mixing& mixing, Wanted wanted) {
+           const Mixing& mixing, Wanted wanted, int64_t block_bytes) {
   const int64_t n = query.size(0), m = key.size(0), d = query.size(1), p = count(negatives);
   const int64_t e = extra_logits ? extra_logits->size(1) : 0;
   Tensor loss = new_tensor<T>({n}), negative_lse = new_tensor<T>({n}), positive = new_tensor<T>({n}),
@@ -60,7 +60,7 @@ Result run(const Tensor& query, const Tensor& key, const OptionalTensor& target,
     sweep.set_mixing({data<int64_t>(mixing.pairs), data<int64_t>(hard_negatives), mixing.pairs->size(1), mixing.k,
                       mixing.alpha});
   sweep.set_row_weight(row_weight, data<T>(loss_grad));
-  sweep.run();
+  sweep.run(block_bytes);
   return {loss,       negative_lse, column_lse,     positive,   hardest,   total,
           query_grad, key_grad,     negatives_grad, extra_grad, scale_grad, hard_negatives};
 }
@@ -68,14 +68,13 @@ Result run(const Tensor& query, const Tensor& key, const OptionalTensor& target,
 Result info_nce(const Tensor& query, const Tensor& key, const OptionalTensor& target, const OptionalTensor& negatives,
                 const OptionalTensor& bank, const OptionalTensor& extra_logits, const OptionalTensor& query_group,
                 const OptionalTensor& key_group, const OptionalTensor& loss_grad, double row_weight, double scale,
-                double hard_negative_weight,
-                int64_t same_group, double margin, bool symmetric, const OptionalTensor& mixed_pairs, int64_t k,
-                double alpha, int64_t wanted) {
+                double hard_negative_weight, int64_t same_group, double margin, bool symmetric,
+                const OptionalTensor& mixed_pairs, int64_t k, double alpha, int64_t wanted, int64_t block_bytes) {
   check_target(target, key.size(0));
   const Rules rules{scale, hard_negative_weight, SameGroup(same_group), margin, symmetric};
   const auto run_typed = query.scalar_type() == ScalarType::Double ? run<double> : run<float>;
   return run_typed(query, key, target, negatives, bank, extra_logits, query_group, key_group, loss_grad, row_weight, rules,
-                   {mixed_pairs, k, alpha}, Wanted(wanted));
+                   {mixed_pairs, k, alpha}, Wanted(wanted), block_bytes);
 }
 
 std::string capability() { return cpu_capability(); }
@@ -86,7 +85,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hicl_fast_cpp, m) {
   m.def(
       "info_nce(Tensor query, Tensor key, Tensor? target, Tensor? negatives, Tensor? bank, Tensor? extra_logits, "
       "Tensor? query_group, Tensor? key_group, Tensor? loss_grad, float row_weight, float scale, float hard_negative_weight, "
-      "int same_group, float margin, bool symmetric, Tensor? mixed_pairs, int k, float alpha, int wanted) -> "
+      "int same_group, float margin, bool symmetric, Tensor? mixed_pairs, int k, float alpha, int wanted, int block_bytes=134217728) -> "
       "(Tensor loss, Tensor negative_lse, Tensor column_lse, Tensor positive, Tensor hardest, Tensor total, "
       "Tensor query_grad, Tensor key_grad, Tensor negatives_grad, Tensor extra_logits_grad, Tensor scale_grad, "
       "Tensor hard_negatives)");
