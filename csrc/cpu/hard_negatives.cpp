@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "equal_products.h"
 #include "groups.h"
 #include "matmul.h"
@@ -126,6 +127,15 @@ std::tuple<Tensor, Tensor> run(const Tensor& query, const Tensor& key, int64_t k
 std::tuple<Tensor, Tensor> hard_negatives(const Tensor& query, const Tensor& key, int64_t k, const OptionalTensor& target,
                                           const OptionalTensor& query_group, const OptionalTensor& key_group,
                                           bool exclude_target, int64_t operand_bytes) {
+  const TensorChecks check("hard_negatives", query);
+  const auto types = {ScalarType::Double, ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  check.of_any("query", query, types, {kAny, kAny});
+  const int64_t n = query.size(0), d = query.size(1);
+  check.that(d > 0, "query", "expected at least one dimension, got 0");
+  check.of_any("key", key, types, {kAny, d});
+  check.that(k > 0, "k", "expected at least 1, got ", k);
+  check("target", target, ScalarType::Long, {n});
+  check.groups(query_group, n, key_group, key.size(0));
   const bool is_double = query.scalar_type() == ScalarType::Double || key.scalar_type() == ScalarType::Double;
   return (is_double ? run<double> : run<float>)(query, key, k, target, query_group, key_group, exclude_target,
                                                  operand_bytes);

@@ -4,18 +4,12 @@
 #include <string>
 #include <tuple>
 
+#include "checks.h"
 #include "info_nce_sweep.h"
 #include "tensors.h"
 
 namespace hicl {
 namespace {
-
-void check_target(const OptionalTensor& target, int64_t num_keys) {
-  if (!target) return;
-  const int64_t* t = target->const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < target->size(0); ++i)
-    STD_TORCH_CHECK(t[i] >= 0 && t[i] < num_keys, "target: expected indices of keys, 0 to ", num_keys - 1, ", got ", t[i]);
-}
 
 using Result =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -25,6 +19,38 @@ struct Mixing {
   int64_t k;
   double alpha;
 };
+
+void check_arguments(const Tensor& query, const Tensor& key, const OptionalTensor& target, const OptionalTensor& negatives,
+                     const OptionalTensor& bank, const OptionalTensor& extra_logits, const OptionalTensor& query_group,
+                     const OptionalTensor& key_group, const OptionalTensor& loss_grad, const Rules& rules,
+                     const Mixing& mixing) {
+  const TensorChecks check("info_nce", query);
+  const ScalarType type = sum_type(check, "query", query);
+  const int64_t n = query.size(0), d = query.size(1);
+  check("query", query, type, {n, d});
+  check.that(n > 0 && d > 0, "query", "expected at least one row and one dimension, got ", n, " and ", d);
+  check("key", key, type, {kAny, d});
+  const int64_t m = key.size(0);
+  check("target", target, ScalarType::Long, {n});
+  check_range(check, "target", target, 0, m, "indices of keys");
+  check.that(target || n <= m, "key", "expected at least ", n, " rows, one for each query, or a target, got ", m);
+  check("negatives", negatives, type, {kAny, d});
+  check("bank", bank, type, {kAny, d});
+  check("extra_logits", extra_logits, type, {n, kAny});
+  check.groups(query_group, n, key_group, m);
+  check("loss_grad", loss_grad, type, {n});
+  check.that(rules.hard_negative_weight == 0 || count(negatives) >= n, "negatives", "expected at least ", n,
+             " rows, since they have a weight of their own, got ", count(negatives));
+  if (rules.symmetric) {
+    check.that(n == m, "symmetric", "expected as many queries as keys, got ", n, " and ", m);
+    check.that(!target && !negatives && !bank && !extra_logits && !mixing.pairs, "symmetric",
+               "expected no target, negatives, bank, extra logits or mixing");
+  }
+  if (!mixing.pairs) return;
+  check.that(0 < mixing.k && mixing.k <= m, "k", "expected 1 to ", m, ", got ", mixing.k);
+  check("mixed_pairs", mixing.pairs, ScalarType::Long, {n, kAny, 2});
+  check_range(check, "mixed_pairs", mixing.pairs, 0, mixing.k, "places among the k");
+}
 
 template <typename T>
 Result run(const Tensor& query, const Tensor& key, const OptionalTensor& target, const OptionalTensor& negatives,
@@ -41,7 +67,7 @@ Result run(const Tensor& query, const Tensor& key, const OptionalTensor& target,
   Tensor query_grad = gradient(wanted.query, n, d), key_grad = gradient(wanted.key, m, d),
          negatives_grad = gradient(wanted.negatives, p, d), extra_grad = gradient(wanted.extra_logits, n, e),
          scale_grad = wanted.scale ? new_tensor<T>({}) : new_tensor<T>({0});
-  Tensor hard_negatives = new_tensor<int64_t>({mixing.pairs ? n : 0, mixing.k});
+  Tensor hard_negatives = new_tensor<int64_t>({mixing.pairs ? n : 0, mixing.pairs ? mixing.k : 0});
   const auto pointer = [](bool is_wanted, Tensor& t) { return is_wanted ? data<T>(t) : nullptr; };
 
   Sweep<T> sweep({query.const_data_ptr<T>(), n, d, d}, rules,
@@ -70,11 +96,12 @@ Result info_nce(const Tensor& query, const Tensor& key, const OptionalTensor& ta
                 const OptionalTensor& key_group, const OptionalTensor& loss_grad, double row_weight, double scale,
                 double hard_negative_weight, int64_t same_group, double margin, bool symmetric,
                 const OptionalTensor& mixed_pairs, int64_t k, double alpha, int64_t wanted, int64_t block_bytes) {
-  check_target(target, key.size(0));
   const Rules rules{scale, hard_negative_weight, SameGroup(same_group), margin, symmetric};
+  const Mixing mixing{mixed_pairs, k, alpha};
+  check_arguments(query, key, target, negatives, bank, extra_logits, query_group, key_group, loss_grad, rules, mixing);
   const auto run_typed = query.scalar_type() == ScalarType::Double ? run<double> : run<float>;
   return run_typed(query, key, target, negatives, bank, extra_logits, query_group, key_group, loss_grad, row_weight, rules,
-                   {mixed_pairs, k, alpha}, Wanted(wanted), block_bytes);
+                   mixing, Wanted(wanted), block_bytes);
 }
 
 std::string capability() { return cpu_capability(); }

@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "memory.h"
 #include "mixing.h"
 #include "row_blocks.h"
@@ -16,6 +17,21 @@
 
 namespace hicl {
 namespace {
+
+TensorChecks check_candidates(const char* op, const Tensor& query, const Tensor& bank, const Tensor& index,
+                              const Tensor& pairs) {
+  const TensorChecks check(op, query);
+  const ScalarType type = sum_type(check, "query", query);
+  const int64_t n = query.size(0), d = query.size(1);
+  check("query", query, type, {n, d});
+  check("bank", bank, type, {kAny, d});
+  check("index", index, ScalarType::Long, {n, kAny});
+  check.that(index.size(1) > 0, "index", "expected at least one column, got 0");
+  check_range(check, "index", index, 0, bank.size(0), "rows of bank");
+  check("pairs", pairs, ScalarType::Long, {n, kAny, 2});
+  check_range(check, "pairs", pairs, 0, index.size(1), "columns of index");
+  return check;
+}
 
 template <typename T>
 Candidates<T> candidates(const Tensor& query, const Tensor& bank, const Tensor& index, const Tensor& pairs, double alpha) {
@@ -83,6 +99,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& query, const Tensor& bank, con
 
 std::tuple<Tensor, Tensor> mixed_negatives(const Tensor& query, const Tensor& bank, const Tensor& index,
                                            const Tensor& pairs, double alpha) {
+  check_candidates("mixed_negatives", query, bank, index, pairs);
   const auto typed = query.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
   return typed(query, bank, index, pairs, alpha);
 }
@@ -91,6 +108,11 @@ std::tuple<Tensor, Tensor> mixed_negatives_backward(const Tensor& query, const T
                                                     const Tensor& pairs, double alpha, const Tensor& cosine,
                                                     const Tensor& inverse_norm, const Tensor& upstream,
                                                     bool want_query, bool want_bank, int64_t term_bytes) {
+  const TensorChecks check = check_candidates("mixed_negatives_backward", query, bank, index, pairs);
+  const ScalarType type = query.scalar_type();
+  check("cosine", cosine, type, {pairs.size(0), pairs.size(1)});
+  check("inverse_norm", inverse_norm, type, {pairs.size(0), pairs.size(1)});
+  check("upstream", upstream, type, {pairs.size(0), pairs.size(1)});
   const auto typed = query.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
   return typed(query, bank, index, pairs, alpha, cosine, inverse_norm, upstream, want_query, want_bank, term_bytes);
 }

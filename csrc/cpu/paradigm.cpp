@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "equal_products.h"
 #include "matmul.h"
 #include "memory.h"
@@ -189,13 +190,25 @@ Combination with_weight(const Tensor& x, const Tensor& y, const Tensor& t, const
   STD_TORCH_CHECK(false, "weight: expected softmax or power, got ", weight);
 }
 
+TensorChecks check_rows(const char* op, const Tensor& x, const Tensor& y) {
+  const TensorChecks check(op, x);
+  const ScalarType type = sum_type(check, "x", x);
+  const int64_t n = x.size(0), d = x.size(1);
+  check("x", x, type, {n, d});
+  check.that(n > 0 && d > 0, "x", "expected at least one row and one dimension, got ", n, " and ", d);
+  check("y", y, type, {n, d});
+  return check;
+}
+
 Statistics statistics(const Tensor& x, const Tensor& y, std::optional<double> temperature, bool columns,
                       int64_t block_bytes) {
+  check_rows("paradigm_statistics", x, y);
   const auto run = x.scalar_type() == ScalarType::Double ? run_statistics<double> : run_statistics<float>;
   return run(x, y, temperature, columns, block_bytes);
 }
 Combination combine(const Tensor& x, const Tensor& y, const Tensor& t, std::string weight, double parameter,
                     int64_t block_bytes) {
+  check_rows("paradigm_combine", x, y)("t", t, x.scalar_type(), {x.size(0), kAny});
   const auto run = x.scalar_type() == ScalarType::Double ? with_weight<double> : with_weight<float>;
   return run(x, y, t, weight, parameter, block_bytes);
 }
