@@ -64,7 +64,8 @@ std::tuple<Tensor, Tensor> mixed_negatives_backward(const Tensor& query, const T
   const OnDevice device(query);
   const MixedNegatives problem = describe(query, bank, index, pairs, alpha, cosine, inverse_norm);
   const int64_t n = problem.num_rows, dim = problem.dim, row_bytes = problem.k * dim * int64_t(sizeof(float));
-  const int64_t step = want_bank ? std::clamp<int64_t>(addition_bytes / std::max<int64_t>(row_bytes, 1), 1, n) : n;
+  const int64_t fitting = addition_bytes / std::max<int64_t>(row_bytes, 1);
+  const int64_t step = want_bank ? std::max<int64_t>(1, std::min(fitting, n)) : n;
   Tensor query_grad = new_tensor(query, {want_query ? n : 0, dim}, ScalarType::Float);
   Tensor bank_grad = new_tensor(query, {want_bank ? bank.size(0) : 0, dim}, ScalarType::Float);
   Tensor addition = new_tensor(query, {want_bank ? step : 0, problem.k, dim}, ScalarType::Float);
