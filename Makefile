@@ -14,7 +14,7 @@ LINKED := .venv/.linked
 BUILT := .venv/.built
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build bench test test-main test-interpret test-quick lint format docs wheel cuda-check gpu-first gpu-check test-gpu-on-cpu clean
+.PHONY: help venv build bench test test-main test-interpret test-quick lint format docs wheel sanitize cuda-check gpu-first gpu-check test-gpu-on-cpu clean
 
 help: ## list the targets
 	@echo "hicl_fast: contrastive losses as custom kernels. Each target does first whatever it needs."
@@ -61,6 +61,9 @@ docs: $(LINKED) ## write the API reference, from the docstrings, to build/docs/i
 wheel: $(INSTALLED) ## build a wheel, with the compiled extension inside, into dist/
 	rm -rf build/lib* build/bdist*
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+sanitize: $(LINKED) ## run csrc/cpu's tests under the address and undefined-behaviour sanitizers (ARGS=--quick: the short form)
+	$(BIN)/python tools/sanitize.py $(ARGS)
 
 cuda-check: $(INSTALLED) ## compile the CUDA kernels for every GPU, without one, and print registers, shared memory and spills
 	$(BIN)/python tools/check_cuda.py $(ARGS)

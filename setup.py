@@ -221,6 +221,7 @@ class BuildExtension(build_ext):
     def compile(self, compile_command: list[str], source: Path) -> Path:
         target = Path(self.build_temp) / source.with_name(f"{source.name}.o")
         prerequisites = [source, ROOT / "setup.py", *source.parent.glob("*.h"), *source.parent.glob("*.cuh")]
+        prerequisites += (ROOT / "csrc").glob("*.h")
         if self.force or not target.exists() or target.stat().st_mtime < max(p.stat().st_mtime for p in prerequisites):
             target.parent.mkdir(parents=True, exist_ok=True)
             command = [*compile_command, *(flags_of(source) or [])]

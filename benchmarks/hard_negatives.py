@@ -19,16 +19,32 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from inputs import embeddings, gradient_step
-from measure import Step, available_bytes, duration, gpu_seconds, machine, peak_bytes, time_in_turn
-from report import Missing, Results, Row, Wrong, add_output_options, exit_status, plot, print_about, redraw, table
 from torch import Tensor
-from tqdm import tqdm
 
 import hicl_fast
 import hicl_fast.functional as HF
 from hicl_fast import FusedInfoNCELoss, HardNegativeMixing, reference
+from hicl_fast._command import Parser, command, device, needs, positive, whole
 from hicl_fast.backend.registry import NAMES
+from hicl_fast.functional._arguments import MOST_NEGATIVES
+
+with needs("bench", __name__):
+    from inputs import embeddings, gradient_step
+    from measure import Step, available_bytes, duration, gpu_seconds, machine, peak_bytes, time_in_turn
+    from report import (
+        Missing,
+        Results,
+        Row,
+        Wrong,
+        add_output_options,
+        check_backends,
+        exit_status,
+        plot,
+        print_about,
+        redraw,
+        table,
+    )
+    from tqdm import tqdm
 
 PLAIN = "InfoNCE without mixing"
 TEMPERATURE = 0.05
@@ -36,18 +52,19 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 Loss = Callable[..., Tensor]  # query (N, D), key (N, D), pairs (N, m, 2) -> ()
 
 
+@command("bench")
 def main(argv: list[str] | None = None) -> list[Row]:
     args = parse(argv)
     if args.measured:
         return redraw(args, PLAIN, "x plain")
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    about = machine(device) | {"dim": args.dim, "dtype": args.dtype, "k": args.k, "num_mixed": args.num_mixed}
+    place = torch.device(args.device)
+    about = machine(place) | {"dim": args.dim, "dtype": args.dtype, "k": args.k, "num_mixed": args.num_mixed}
     print_about(about)
     results = Results(about, args.json)
     for n in args.batch_sizes:
-        measure_batch(args, n, device, results)
+        measure_batch(args, n, place, results)
         print(table([row for row in results.rows if row["batch"] == n], "x plain"), flush=True)
     if args.plot:
         plot(results.rows, about, PLAIN, args.plot)
@@ -55,21 +72,25 @@ def main(argv: list[str] | None = None) -> list[Row]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     available = [status.name for status in hicl_fast.backends() if status.available]
-    add("--batch-sizes", type=int, nargs="+", default=[64, 1024], metavar="N")
-    add("-k", type=int, default=10, help="hard negatives of a row")
-    add("--num-mixed", type=int, default=40, metavar="M", help="mixtures for each row")
-    add("--dim", type=int, default=768)
+    add("--batch-sizes", type=whole(2), nargs="+", default=[64, 1024], metavar="N")
+    add("-k", type=whole(2, MOST_NEGATIVES), default=10, help="hard negatives of a row")
+    add("--num-mixed", type=whole(1), default=40, metavar="M", help="mixtures for each row")
+    add("--dim", type=whole(1), default=768)
     add("--dtype", choices=[str(t).removeprefix("torch.") for t in TOLERANCE], default="float32")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--backends", nargs="+", choices=NAMES, default=available[::-1], metavar="NAME")
     add("--rivals", nargs="+", choices=["none", *RIVALS], default=list(RIVALS), metavar="NAME", help="or none")
-    add("--seconds", type=float, default=10.0, help="of timing for each batch size")
-    add("--threads", type=int, help="default: PyTorch's")
+    add("--seconds", type=positive, default=10.0, help="of timing for each batch size")
+    add("--threads", type=whole(1), help="default: PyTorch's")
     add_output_options(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.k > min(args.batch_sizes) - 1:
+        parser.error(f"k: expected at most {min(args.batch_sizes) - 1}, a row's negatives, got {args.k}")
+    check_backends(args, "hard_negatives")
+    return args
 
 
 def measure_batch(args: argparse.Namespace, n: int, device: torch.device, results: Results) -> None:

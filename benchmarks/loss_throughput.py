@@ -19,13 +19,17 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 import torch
-from inputs import embeddings, gradient_step
-from measure import Step, Timing, available_bytes, duration, gpu_seconds, machine, peak_bytes, time_in_turn
-from report import Missing, Results, Row, Wrong, add_output_options, exit_status, plot, print_about, redraw, table
-from rivals import RIVALS, Batch, Loss, Rival, fused_rivals
-from tqdm import tqdm
 
 import hicl_fast.reference as reference
+from hicl_fast._command import Parser, command, device, needs, positive, whole
+from hicl_fast.backend.registry import NAMES
+
+with needs("bench", __name__):
+    from inputs import embeddings, gradient_step
+    from measure import Step, Timing, available_bytes, duration, gpu_seconds, machine, peak_bytes, time_in_turn
+    from report import Missing, Results, Row, Wrong, add_output_options, exit_status, plot, print_about, redraw, table
+    from rivals import RIVALS, Batch, Loss, Rival, fused_rivals
+    from tqdm import tqdm
 
 LIMIT, SYMMETRIC_LIMIT = "limit: 3 products", "limit: 4 products"
 LIMIT_BYTES = 9 << 30  # of similarities that the limit holds at a time: all of N = 65536 in 16 bits
@@ -35,18 +39,19 @@ BF16_OPERANDS_TOLERANCE = 0.05
 CHECKED_ROWS = 1024  # the reference is float64 and N × N
 
 
+@command("bench")
 def main(argv: list[str] | None = None) -> list[Row]:
     args = parse(argv)
     if args.measured:
         return redraw(args, LIMIT, "x limit")
     if args.threads:
         torch.set_num_threads(args.threads)
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    about = machine(device) | {"dim": args.dim, "dtype": args.dtype, "temperature": args.temperature}
+    place, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    about = machine(place) | {"dim": args.dim, "dtype": args.dtype, "temperature": args.temperature}
     print_about(about)
     results = Results(about, args.json)
     for n in args.batch_sizes:
-        measure_batch(args, n, device, dtype, results)
+        measure_batch(args, n, place, dtype, results)
         print(table([row for row in results.rows if row["batch"] == n], "x limit"), flush=True)
     if args.plot:
         plot(results.rows, about, LIMIT, args.plot)
@@ -54,21 +59,23 @@ def main(argv: list[str] | None = None) -> list[Row]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
     sizes = [64, 128, 256, 512, 8192, 65536] if cuda else [64, 512, 4096]
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=sizes, metavar="N")
-    parser.add_argument("--dim", type=int, default=768)
+    parser.add_argument("--batch-sizes", type=whole(1), nargs="+", default=sizes, metavar="N")
+    parser.add_argument("--dim", type=whole(1), default=768)
     parser.add_argument("--dtype", choices=[str(t).removeprefix("torch.") for t in TOLERANCE])
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--temperature", type=float, default=0.05)
-    parser.add_argument("--backends", nargs="+", metavar="NAME", help="of hicl_fast; default: all that are available")
+    parser.add_argument("--device", type=device, default="cuda" if cuda else "cpu")
+    parser.add_argument("--temperature", type=positive, default=0.05)
+    parser.add_argument(
+        "--backends", nargs="+", choices=NAMES, metavar="NAME", help="of hicl_fast; default: all there are"
+    )
     parser.add_argument(
         "--rivals", nargs="+", metavar="NAME", help=f"or none; default: {', '.join(r.name for r in RIVALS)}"
     )
-    parser.add_argument("--seconds", type=float, default=12.0, help="of timing for each batch size")
-    parser.add_argument("--longest-step", type=float, default=20.0, metavar="SECONDS", help="left out beyond that")
-    parser.add_argument("--threads", type=int, help="default: PyTorch's")
+    parser.add_argument("--seconds", type=positive, default=12.0, help="of timing for each batch size")
+    parser.add_argument("--longest-step", type=positive, default=20.0, metavar="SECONDS", help="left out beyond that")
+    parser.add_argument("--threads", type=whole(1), help="default: PyTorch's")
     add_output_options(parser)
     args = parser.parse_args(argv)
     if args.dtype is None:
@@ -76,7 +83,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     known = [rival.name for rival in RIVALS]
     unknown = [name for name in args.rivals or [] if name not in (*known, "none")]
     if unknown:
-        parser.error(f"--rivals: expected none or some of {', '.join(known)}, got {', '.join(unknown)}")
+        parser.error(f"rivals: expected none or some of {', '.join(known)}, got {', '.join(unknown)}")
     return args
 
 

@@ -18,34 +18,50 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from inputs import embeddings, gradient_step
-from measure import Step, available_bytes, machine, peak_bytes, time_in_turn
-from report import Missing, Results, Row, Wrong, add_output_options, exit_status, plot, print_about, redraw, table
 from torch import Tensor
-from tqdm import tqdm
 
 import hicl_fast
 import hicl_fast.functional as HF
 from hicl_fast import reference
+from hicl_fast._command import Parser, command, device, needs, positive, whole
 from hicl_fast.reference.paradigm import HINGES, MODIFIABLE, OBJECTIVES
+
+with needs("bench", __name__):
+    from inputs import embeddings, gradient_step
+    from measure import Step, available_bytes, machine, peak_bytes, time_in_turn
+    from report import (
+        Missing,
+        Results,
+        Row,
+        Wrong,
+        add_output_options,
+        check_backends,
+        exit_status,
+        plot,
+        print_about,
+        redraw,
+        table,
+    )
+    from tqdm import tqdm
 
 LIMIT = "one product"
 TOLERANCE = 1e-3
 NAMES = tuple(OBJECTIVES) + tuple(f"{name}+gd+w+r" for name in MODIFIABLE)
 
 
+@command("bench")
 def main(argv: list[str] | None = None) -> list[Row]:
     args = parse(argv)
     if args.measured:
         return redraw(args, LIMIT, "x limit")
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    about = machine(device) | {"dim": args.dim, "dtype": "float32"}
+    place = torch.device(args.device)
+    about = machine(place) | {"dim": args.dim, "dtype": "float32"}
     print_about(about)
     results = Results(about, args.json)
     for n in args.batch_sizes:
-        measure_batch(args, n, device, results)
+        measure_batch(args, n, place, results)
         print(table([row for row in results.rows if row["batch"] == n], "x limit"), flush=True)
     if args.plot:
         plot(results.rows, about, LIMIT, args.plot)
@@ -53,26 +69,27 @@ def main(argv: list[str] | None = None) -> list[Row]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     available = [
         status.name for status in hicl_fast.backends() if status.available and status.name != "cuda"
     ]  # it does two
-    add("--batch-sizes", type=int, nargs="+", default=[512, 4096], metavar="N")
+    add("--batch-sizes", type=whole(2), nargs="+", default=[512, 4096], metavar="N")
     add("--objectives", nargs="+", default=list(NAMES), metavar="NAME", help=", ".join(NAMES))
-    add("--dim", type=int, default=768)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dim", type=whole(1), default=768)
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--backends", nargs="+", choices=available, default=available[::-1], metavar="NAME")
     add("--eager", action="store_true", help="time the reference too")
-    add("--seconds", type=float, default=20.0, help="of timing for each batch size")
-    add("--threads", type=int, help="default: PyTorch's")
+    add("--seconds", type=positive, default=20.0, help="of timing for each batch size")
+    add("--threads", type=whole(1), help="default: PyTorch's")
     add_output_options(parser)
     args = parser.parse_args(argv)
     for name in args.objectives:
         try:
             options(name)
         except ValueError as error:
-            parser.error(f"--objectives: {name}: {error}")
+            parser.error(f"objectives: {name}: {error}")
+    check_backends(args, "paradigm")
     return args
 
 

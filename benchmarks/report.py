@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import math
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import hicl_fast
+from hicl_fast._command import check_backend, input_file, output_file, usage
 
 Row = dict[str, Any]
 
@@ -34,9 +36,9 @@ class Wrong(Exception):
 class Results:
     """The rows so far. Their JSON file is written anew with every one, should the next end badly."""
 
-    def __init__(self, about: dict[str, Any], json_file: str | None) -> None:
+    def __init__(self, about: dict[str, Any], json_file: Path | None) -> None:
         self.about, self.rows = about, list[Row]()
-        self._file = Path(json_file) if json_file else None
+        self._file = json_file
 
     def start(self, batch: int, name: str, **values: Any) -> Row:
         """A new row, without a timing as yet."""
@@ -76,26 +78,49 @@ def exit_status(rows: list[Row]) -> int:
 
 
 def add_output_options(parser: argparse.ArgumentParser, *, plots: bool = True) -> None:
-    parser.add_argument("--json", metavar="FILE", help="written anew with every row")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="written anew with every row")
     if plots:
-        parser.add_argument("--plot", metavar="FILE.png")
+        parser.add_argument("--plot", type=plot_option, metavar="FILE.png")
         parser.add_argument(
-            "--from", dest="measured", metavar="FILE.json", help="measure nothing: table and plot of what --json wrote"
+            "--from",
+            dest="measured",
+            type=input_file,
+            metavar="FILE.json",
+            help="measure nothing: table and plot of what --json wrote",
         )
+
+
+def plot_option(text: str) -> Path:
+    """An argparse type: found out before anything is measured."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("expected matplotlib, which draws it: pip install 'hicl-fast[bench]'")
+    return output_file(text)
+
+
+def check_backends(args: argparse.Namespace, operator: str) -> None:
+    """Ends the program where none of the backends does it on the device; the others' refusals are said in their rows."""
+    refused = []
+    for name in args.backends:
+        try:
+            check_backend(name, operator, args.device)
+        except (ValueError, hicl_fast.BackendError) as refusal:
+            refused.append(refusal)
+    if args.backends and len(refused) == len(args.backends):
+        with usage():
+            raise refused[0]
 
 
 def redraw(args: argparse.Namespace, baseline: str, ratio: str) -> list[Row]:
     """Table and plot of an earlier run's JSON file.
 
     Raises:
-        SystemExit: it is no such file.
+        ValueError: it is no such file.
     """
     try:
-        measured = json.loads(Path(args.measured).read_text())
+        measured = json.loads(args.measured.read_text())
         rows, about = measured["rows"], measured["machine"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        said = error if isinstance(error, OSError) else "it is not what --json writes"
-        raise SystemExit(f"error: --from {args.measured}: {said}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"from: expected what --json writes, got {args.measured}") from error
     print_about(about)
     for batch in dict.fromkeys(row["batch"] for row in rows):
         print(table([row for row in rows if row["batch"] == batch], ratio))
@@ -147,7 +172,7 @@ def without_memory(rows: list[Row], name: str) -> str | None:
     return f"{name}: {', '.join(said)}" if said else None
 
 
-def plot(rows: list[Row], about: dict[str, Any], baseline: str, path: str) -> None:
+def plot(rows: list[Row], about: dict[str, Any], baseline: str, path: Path) -> None:
     """Times and memory over batch sizes. What was not measured is left out, and named in the legend."""
     import matplotlib
 

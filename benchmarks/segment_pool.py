@@ -17,42 +17,46 @@ from dataclasses import asdict
 from functools import partial
 
 import torch
-from measure import Step, gpu_seconds, machine, peak_bytes, time_in_turn
-from report import Results, Row, Wrong, add_output_options, exit_status, print_about, table
 from torch import Tensor
 
 import hicl_fast
 import hicl_fast.functional as HF
 from hicl_fast import reference
+from hicl_fast._command import Parser, command, device, needs, positive, whole
 from hicl_fast.backend.registry import NAMES
+
+with needs("bench", __name__):
+    from measure import Step, gpu_seconds, machine, peak_bytes, time_in_turn
+    from report import Results, Row, Wrong, add_output_options, exit_status, print_about, table
 
 COPY = "copy of the segments"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 Pool = Callable[[Tensor, Tensor, Tensor], Tensor]  # segments (S, D), offsets (B + 1,), weights (S,) -> (B, D)
 
 
+@command("bench")
 def main(argv: list[str] | None = None) -> list[Row]:
     args = parse(argv)
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    about = machine(device) | {"dim": args.dim, "dtype": args.dtype}
+    place, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    about = machine(place) | {"dim": args.dim, "dtype": args.dtype}
     print_about(about)
     results = Results(about, args.json)
     for kind in LENGTHS:
-        measure(args, kind, device, dtype, results)
+        measure(args, kind, place, dtype, results)
         print(f"\n{kind}", table([row for row in results.rows if row["lengths"] == kind], "x copy"), flush=True)
     return results.rows
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
     available = [status.name for status in hicl_fast.backends() if status.available]
-    parser.add_argument("--num-segments", type=int, default=1 << 20 if cuda else 1 << 14, metavar="S")
-    parser.add_argument("--dim", type=int, default=768)
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--num-segments", type=whole(8), default=1 << 20 if cuda else 1 << 14, metavar="S")
+    parser.add_argument("--dim", type=whole(1), default=768)
+    parser.add_argument("--device", type=device, default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=[str(t).removeprefix("torch.") for t in TOLERANCE], default="float32")
     parser.add_argument("--backends", nargs="+", choices=NAMES, default=available[::-1], metavar="NAME")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of timing for each kind of lengths")
+    parser.add_argument("--seconds", type=positive, default=3.0, help="of timing for each kind of lengths")
     add_output_options(parser, plots=False)
     return parser.parse_args(argv)
 

@@ -14,18 +14,24 @@ import sys
 from dataclasses import asdict, replace
 
 import torch
-from hicl_fast.kernels import launch
-from hicl_fast.kernels.launch import Columns, Rows
-from hicl_fast.kernels.tiles import Tile
-from inputs import embeddings
-from measure import Step, gpu_seconds, machine, peak_bytes, time_in_turn
-from report import Results, Row, Wrong, add_output_options, exit_status, print_about, table
 from torch import Tensor
-from tqdm import tqdm
 
 from hicl_fast import reference
-from hicl_fast.backend.row_kernels import row_kernels
+from hicl_fast._command import Parser, command, device, needs, positive, whole
 from hicl_fast.ops.problem import NORM_FLOOR
+
+with needs("triton", __name__):
+    from hicl_fast.kernels import launch
+    from hicl_fast.kernels.launch import Columns, Rows
+    from hicl_fast.kernels.tiles import Tile
+
+    from hicl_fast.backend.row_kernels import row_kernels
+
+with needs("bench", __name__):
+    from inputs import embeddings
+    from measure import Step, gpu_seconds, machine, peak_bytes, time_in_turn
+    from report import Results, Row, Wrong, add_output_options, exit_status, print_about, table
+    from tqdm import tqdm
 
 SCALE = 20.0
 LIMIT = "limit: the product"
@@ -33,26 +39,27 @@ CHECKED_ROWS = 256
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
+@command("triton")
 def main(argv: list[str] | None = None) -> list[Row]:
     args = parse(argv)
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    about = machine(device) | {"dim": args.dim, "dtype": args.dtype, "columns": args.columns}
+    place, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    about = machine(place) | {"dim": args.dim, "dtype": args.dtype, "columns": args.columns}
     print_about(about)
     results = Results(about, args.json)
-    query, key = (x.to(dtype) for x in embeddings(max(args.rows, args.columns), args.dim, device))
+    query, key = (x.to(dtype) for x in embeddings(max(args.rows, args.columns), args.dim, place))
     measure(query[: args.rows], key[: args.columns], args.seconds, results)
     print(table(results.rows, "x limit"), flush=True)
     return results.rows
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--columns", type=int, default=16384)
-    parser.add_argument("--dim", type=int, default=768)
-    parser.add_argument("--device", default="cuda")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=whole(1), default=8192)
+    parser.add_argument("--columns", type=whole(1), default=16384)
+    parser.add_argument("--dim", type=whole(1), default=768)
+    parser.add_argument("--device", type=device, default="cuda")
     parser.add_argument("--dtype", choices=[str(t).removeprefix("torch.") for t in TOLERANCE], default="bfloat16")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of timing, for all tiles together")
+    parser.add_argument("--seconds", type=positive, default=8.0, help="of timing, for all tiles together")
     add_output_options(parser, plots=False)
     return parser.parse_args(argv)
 

@@ -20,13 +20,20 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from hicl_fast.evaluation import TASKS, average, evaluate
+from hicl_fast._command import Parser, command, input_file, needs, output_file, output_folder, usage, whole
+from hicl_fast.evaluation import TASKS, average, evaluate, find_root
 from hicl_fast.evaluation.senteval import DEVELOPMENT_TASK
-from hicl_fast.trainer.cli import train
-from hicl_fast.trainer.encoder import SentenceEncoder
-from hicl_fast.trainer.methods import METHODS, Views
+
+with needs("trainer", __name__):
+    from tqdm import tqdm
+
+    from hicl_fast.trainer import cli
+    from hicl_fast.trainer.checks import Diverged, LossMismatch
+    from hicl_fast.trainer.cli import train
+    from hicl_fast.trainer.encoder import SentenceEncoder
+    from hicl_fast.trainer.methods import METHODS, Views
+    from hicl_fast.trainer.token_pooling import POOLERS
 
 COLUMNS = (*TASKS, "avg", DEVELOPMENT_TASK)
 Scores = dict[str, float | None]
@@ -53,6 +60,7 @@ class Uniformity:
     segmented: ClassVar[bool] = False
     most_columns: ClassVar[int | None] = 2
     max_seq_length: ClassVar[int] = 32
+    options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, args: Any, seed: int = 0) -> None:  # it draws nothing
         self.fused: nn.Module = UniformityLoss(args.temp)
@@ -63,6 +71,7 @@ class Uniformity:
     reference = loss
 
 
+@command("trainer", Diverged, LossMismatch)
 def main(argv: list[str] | None = None) -> dict[str, list[Scores]]:
     METHODS.setdefault("uniformity", Uniformity)
     args = parse(sys.argv[1:] if argv is None else argv)
@@ -78,36 +87,45 @@ def main(argv: list[str] | None = None) -> dict[str, list[Scores]]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     own, for_trainer = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--start", required=True, help="the model every run starts from: a hub name or a folder")
     add("--data_dir", required=True, type=Path, help="SentEval's data folder")
-    add("--train_file", required=True, type=Path)
-    add("--output_dir", required=True, type=Path, help="holds a folder for each run")
+    add("--train_file", required=True, type=input_file)
+    add("--output_dir", required=True, type=output_folder, help="holds a folder for each run")
     add("--methods", nargs="+", choices=list(METHODS), default=["simcse", "hicl", "uniformity"], metavar="METHOD")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
-    add("--pooler_type", default="avg")
-    add("--json", type=Path, help="write every run's scores to this file")
+    add("--seeds", nargs="+", type=whole(0), default=[0, 1, 2], metavar="SEED")
+    add("--pooler_type", choices=sorted(POOLERS), default="avg")
+    add("--json", type=output_file, help="write every run's scores to this file")
     args = parser.parse_args(own)
     args.for_trainer = for_trainer
+    for method in args.methods:  # before the first of them has trained for minutes
+        cli.parse(for_run(method, args.seeds[0], args))
+    with usage():
+        find_root(args.data_dir)
     return args
+
+
+def for_run(method: str, seed: int, args: argparse.Namespace) -> list[str]:
+    """The trainer's arguments."""
+    arguments = {
+        "method": method,
+        "seed": seed,
+        "model_name_or_path": args.start,
+        "train_file": args.train_file,
+        "output_dir": args.output_dir / f"{method}-{seed}",
+        "pooler_type": args.pooler_type,
+        "save_strategy": "no",
+        "overwrite_output_dir": True,
+    }
+    return [part for name, value in arguments.items() for part in (f"--{name}", str(value))] + args.for_trainer
 
 
 def trained(method: str, seed: int, args: argparse.Namespace) -> Scores:
     folder = args.output_dir / f"{method}-{seed}"
     kept = folder / "scores.json"
     if not kept.is_file():
-        arguments = {
-            "method": method,
-            "seed": seed,
-            "model_name_or_path": args.start,
-            "train_file": args.train_file,
-            "output_dir": folder,
-            "pooler_type": args.pooler_type,
-            "save_strategy": "no",
-            "overwrite_output_dir": True,
-        }
-        train([part for name, value in arguments.items() for part in (f"--{name}", str(value))] + args.for_trainer)
+        train(for_run(method, seed, args))
         kept.write_text(json.dumps(score(folder, args), indent=1) + "\n")
     return json.loads(kept.read_text())
 

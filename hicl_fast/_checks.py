@@ -2,20 +2,70 @@
 
 from __future__ import annotations
 
+import enum
 import math
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import PurePath
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+_LARGEST_INT64 = 2**63 - 1
+
+# Of what is shown in a message: characters of one value, and of all of a container; its members, and how deep they go.
+_LONGEST = 60
+_LONGEST_IN_ALL = 200
+_MOST_MEMBERS = 4
+_DEEPEST = 2
+_PLAIN = (type(None), bool, int, float, complex, type, np.generic, torch.dtype, torch.device, enum.Enum, PurePath)
+
 
 def describe(value: object) -> str:
-    """A tensor's shape, type and device, or any other value as it prints."""
+    """A value in a few words, however large it is: of tensors and arrays the shape, type and device, never the content."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return shown(value)
+    return f"{shown(value)} ({type(value).__name__})"
+
+
+def shown(value: object, depth: int = _DEEPEST) -> str:
+    """:func:`describe` without the name of a plain value's type."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+    if isinstance(value, np.ndarray):
+        return f"an array of shape {value.shape}, {value.dtype}"
+    if isinstance(value, (str, bytes)):
+        cut = "" if len(value) <= _LONGEST else f"… ({len(value)} in all)"
+        return f"{value[:_LONGEST]!r}{cut}"
+    if isinstance(value, int) and abs(value).bit_length() > 64:  # Python itself refuses to print the longest
+        return f"an integer of {abs(value).bit_length()} bits"
+    if isinstance(value, (list, tuple, set, frozenset, Mapping)):
+        return _shown_members(value, depth)
+    if isinstance(value, _PLAIN):
+        text = repr(value)
+        return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    return f"a {type(value).__qualname__}"
+
+
+def _shown_members(value: Collection[object], depth: int) -> str:
+    opening, closing = ("[", "]") if isinstance(value, list) else ("(", ")") if isinstance(value, tuple) else ("{", "}")
+    if not value:
+        return opening + closing
+    if depth == 0:
+        return f"{opening}{len(value)} members{closing}"
+    members: list[str] = []
+    for member in value:
+        if len(members) == _MOST_MEMBERS:
+            members.append(f"… {len(value)} in all")
+            break
+        key = f"{shown(member, 0)}: " if isinstance(value, Mapping) else ""
+        members.append(key + shown(value[member] if isinstance(value, Mapping) else member, depth - 1))
+    text = ", ".join(members)
+    return opening + (text if len(text) <= _LONGEST_IN_ALL else f"{text[:_LONGEST_IN_ALL]}…") + closing
 
 
 def floating_matrix(name: str, value: Tensor, shape: str, *, like: Tensor | None = None) -> None:
@@ -33,6 +83,12 @@ def floating_matrix(name: str, value: Tensor, shape: str, *, like: Tensor | None
 def row_length(name: str, value: Tensor, expected: int) -> None:
     if value.shape[1] != expected:
         raise ValueError(f"{name}: expected rows of length {expected}, as query has, got {describe(value)}")
+
+
+def rows_like(name: str, value: Tensor, shape: str, query: Tensor) -> None:
+    """A 2-d floating-point tensor on the query's device, with rows of its length."""
+    floating_matrix(name, value, shape, like=query)
+    row_length(name, value, query.shape[1])
 
 
 def index_vector(name: str, value: Tensor, length: int, what: str, like: Tensor) -> None:
@@ -58,20 +114,70 @@ def same_device(name: str, value: Tensor, like: Tensor) -> None:
         )
 
 
-def one_of(name: str, value: object, allowed: Collection[str]) -> None:
-    if value not in allowed:
+def one_of(name: str, value: object, allowed: Collection[str | bool | None]) -> None:
+    if not (value is None or isinstance(value, (str, bool))) or value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {describe(value)}")
 
 
-def positive_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {describe(value)}")
-    if not value > 0:
-        raise ValueError(f"{name}: expected a number above 0, got {value!r}")
+def instance(name: str, value: object, kind: type) -> None:
+    """One of that class, or ``None``."""
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name}: expected a {kind.__name__} or None, got {describe(value)}")
+
+
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {describe(value)}")
+
+
+def whole_number(name: str, value: object, least: int, most: int | None = None) -> None:
+    expected = f"a whole number, at least {least}" if most is None else f"a whole number from {least} to {most}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+    if value > _LARGEST_INT64 and most is None:
+        expected = f"a whole number from {least} to {_LARGEST_INT64}"
+    if value < least or value > (_LARGEST_INT64 if most is None else most):
+        raise ValueError(f"{name}: expected {expected}, got {shown(value)}")
+
+
+def is_number(value: object) -> bool:
+    """Finite or not, of Python or NumPy; a bool is none."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def is_finite(value: Any) -> bool:
+    """Of a number: not NaN, not infinite, and small enough for a float."""
+    if isinstance(value, int):
+        return abs(value) <= sys.float_info.max
+    return -math.inf < value < math.inf
 
 
 def real_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    if not is_finite(value):
+        raise ValueError(f"{name}: expected a finite number, got {shown(value)}")
+
+
+def positive_number(name: str, value: Any) -> None:
+    real_number(name, value)
+    if value <= 0:
+        raise ValueError(f"{name}: expected a number above 0, got {shown(value)}")
+
+
+def non_negative_number(name: str, value: Any) -> None:
+    real_number(name, value)
+    if value < 0:
+        raise ValueError(f"{name}: expected a number of at least 0, got {shown(value)}")
+
+
+def share(name: str, value: Any) -> None:
+    real_number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {shown(value)}")
+
+
+def angle(name: str, value: Any) -> None:
+    real_number(name, value)
+    if not 0 <= value < math.pi:
+        raise ValueError(f"{name}: expected an angle in radians, at least 0 and below π, got {shown(value)}")

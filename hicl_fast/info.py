@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.metadata
 import json
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 import hicl_fast
+from hicl_fast._command import Parser, command
 
 # How a missing backend is had; beside the reason, which the backend itself gives.
 REMEDIES = {
@@ -116,10 +116,11 @@ def _device(index: int) -> str:
     return f"{of.name}, compute capability {of.major}.{of.minor}, {of.total_memory / 2**30:.0f} GiB"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m hicl_fast.info", description="What hicl_fast finds here.")
+@command()
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m hicl_fast.info", description="What hicl_fast finds here.")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     found = collect()
     print(json.dumps(found, indent=2) if arguments.json else render(found))
 

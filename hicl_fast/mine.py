@@ -27,6 +27,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from hicl_fast import _checks as check
+from hicl_fast._command import (
+    Parser,
+    backend,
+    check_backend,
+    check_output_file,
+    command,
+    device,
+    usage,
+    whole,
+)
 from hicl_fast.text_files import read_lines, read_rows
 
 if TYPE_CHECKING:
@@ -200,13 +211,13 @@ def _check_finite(query: Tensor, similarity: Tensor, first: int) -> None:
         raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
 
 
+@command("evaluation")
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    try:
+    with usage():
         _check_numbers(args)
-        counts = _run(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        _check_files(args)
+    counts = _run(args)
     said = [f"{args.output}: {counts.written} queries with {args.k} negatives each"]
     said += [f"{counts.fewer} had fewer and were left out"] * bool(counts.fewer)
     said += [f"{counts.without} without a positive were left out"] * bool(counts.without)
@@ -223,7 +234,6 @@ class Counts:
 
 
 def _run(args: argparse.Namespace) -> Counts:
-    _check_files(args)
     from tqdm import tqdm
 
     encoder = None if _is_array(args.query) else _encoder(args)
@@ -339,9 +349,8 @@ def _positives(path: Path | None, num_queries: int, num_corpus: int) -> Tensor |
         raise ValueError(f"positives: expected {num_queries} lines, one for each query, got {len(lines)} in {path}")
     for number, line in enumerate(lines, start=1):
         if line != "-" and not (line.isascii() and line.isdigit() and len(line) < 20 and int(line) < num_corpus):
-            shown = line if len(line) < 20 else f"{line[:20]}…"
             raise ValueError(
-                f'positives: expected a line number of the corpus, 0 to {num_corpus - 1}, or "-", got {shown!r}, '
+                f'positives: expected a line number of the corpus, 0 to {num_corpus - 1}, or "-", got {check.shown(line)}, '
                 f"{path}, line {number}"
             )
     return torch.tensor([NO_POSITIVE if line == "-" else int(line) for line in lines])
@@ -366,8 +375,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise ValueError(f"skip: expected 0 to {MOST - args.k}, so that skip + k is at most {MOST}, got {args.skip}")
     if args.max_similarity is not None and not -1 <= args.max_similarity <= 1:
         raise ValueError(f"max_similarity: expected a cosine, -1 to 1, got {args.max_similarity}")
-    if args.batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {args.batch_size}")
+    check_backend(args.backend, "hard_negatives", args.device or "cpu")
 
 
 def _check_files(args: argparse.Namespace) -> None:
@@ -381,8 +389,7 @@ def _check_files(args: argparse.Namespace) -> None:
         raise ValueError(f"corpus: expected a file of query's kind, text or .npy, got {args.query} and {args.corpus}")
     if not _is_array(args.query) and args.model_name_or_path is None:
         raise ValueError(f"model_name_or_path: expected an encoder for the sentences of {args.query}, got none")
-    if not args.output.resolve().parent.is_dir():
-        raise ValueError(f"output: expected a file in a folder that is there, got {args.output}")
+    check_output_file("output", args.output)
 
 
 @contextmanager
@@ -402,7 +409,7 @@ def _written_at_once(path: Path) -> Iterator[TextIO]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m hicl_fast.mine", description=__doc__)
+    parser = Parser(prog="python -m hicl_fast.mine", description=__doc__)
     add = parser.add_argument
     add("--query", required=True, type=Path, help="sentences, one a line or in a table, or a .npy file of embeddings")
     add("--corpus", required=True, type=Path, help="where the negatives come from; of the same kind")
@@ -417,10 +424,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--model_name_or_path", help="for text: a folder of sentence-transformers or of the trainer, or any encoder")
     add("--pooler_type", help="default: what the folder's modules.json or config says, otherwise avg")
-    add("--max_seq_length", type=int, help="tokens kept of a sentence; default: all the model takes")
-    add("--batch_size", type=int, default=64, help="sentences embedded at a time")
-    add("--device", help="where to embed and search; default: embed on a GPU where there is one, search on the CPU")
-    add("--backend", default="auto", help="of the search: auto, torch, cpp, triton or cuda")
+    add("--max_seq_length", type=whole(1), help="tokens kept of a sentence; default: all the model takes")
+    add("--batch_size", type=whole(1), default=64, help="sentences embedded at a time")
+    add(
+        "--device",
+        type=device,
+        help="where to embed and search; default: embed on a GPU where there is one, search on the CPU",
+    )
+    add("--backend", type=backend, default="auto", help="of the search: auto, torch, cpp, triton or cuda")
     return parser
 
 

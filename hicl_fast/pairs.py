@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hicl_fast import _checks as check
 from hicl_fast.backend import registry
 
 __all__ = ["random_pairs"]
@@ -50,12 +51,14 @@ def random_pairs(
     numbers = {"num_rows": num_rows, "num_mixed": num_mixed, "k": k, "seed": seed, "first_row": first_row}
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f"{name}: expected an integer, got {value!r} ({type(value).__name__})")
+            raise TypeError(f"{name}: expected an integer, got {check.describe(value)}")
     if not 2 <= k <= LARGEST_K:
-        raise ValueError(f"k: expected 2 to {LARGEST_K} vectors, of which two are mixed, got {k}")
+        raise ValueError(f"k: expected 2 to {LARGEST_K} vectors, of which two are mixed, got {check.shown(k)}")
     for name in ("num_rows", "num_mixed", "first_row"):
         if (value := numbers[name]) < 0:
-            raise ValueError(f"{name}: expected at least 0, got {value}")
+            raise ValueError(f"{name}: expected at least 0, got {check.shown(value)}")
+        if isinstance(value, int) and value >= _WORD // 2:
+            raise ValueError(f"{name}: expected a number of 64 bits, got {check.shown(value)}")
     if _runs_in_cpp(device, *numbers.values()):
         return torch.ops.hicl_fast_cpp.random_pairs(num_rows, num_mixed, k, _signed(seed % _WORD), first_row)
     return _random_pairs(num_rows, num_mixed, k, seed, device, first_row)

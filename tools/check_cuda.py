@@ -96,6 +96,10 @@ def main() -> int:
     parser.add_argument("--archs", default=" ".join(_BUILD["ARCHS"]), help="default: %(default)s")
     parser.add_argument("--json", type=Path, help="write the table there too")
     arguments = parser.parse_args()
+    if not arguments.archs.split() or not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in arguments.archs.split()):
+        parser.error(f"--archs: expected architectures as nvcc names them, as '80 90a', got {arguments.archs[:60]!r}")
+    if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.resolve().parent.is_dir()):
+        parser.error(f"--json: expected a file in a folder that is there, got {arguments.json}")
     nvcc = _BUILD["find_nvcc"]()
     if nvcc is None:
         print("cuda-check: left out: no nvcc (looked in CUDA_HOME, on the PATH and in /usr/local/cuda)")

@@ -332,11 +332,12 @@ def benchmark(
     rehearsing: bool = False,
 ) -> Step:
     """A program of benchmarks/ in bfloat16, whose results are ``name``.json and, if it plots, ``name``.png in ``out``."""
-    command = [str(PYTHON), f"benchmarks/{program}.py", "--device", "cuda", "--dtype", "bfloat16", *options.split()]
+    place = "cpu" if rehearsing else "cuda"
+    command = [str(PYTHON), f"benchmarks/{program}.py", "--device", place, "--dtype", "bfloat16", *options.split()]
     command += ["--json", str(out / f"{name}.json"), *(["--plot", str(out / f"{name}.png")] if plots else [])]
     if not rehearsing:
         return Step(name, command, seconds, kept_free)
-    command += ["--device", "cpu", "--dtype", "float32", "--dim", "32", "--seconds", "0.1", *REHEARSED[program].split()]
+    command += ["--dtype", "float32", "--dim", "32", "--seconds", "0.1", *REHEARSED[program].split()]
     if program == "tiles":
         return Step(name, command, seconds, kept_free, environment={"TRITON_INTERPRET": "1"})
     return Step(name, [*command, "--backends", "torch"], seconds, kept_free)

@@ -37,8 +37,8 @@ class BlockMixing {
   }
   BlockMixing(const BlockMixing&) = delete;  // `additions_` points to `s_`
 
-  // Rows whose lists fit into memory that is worth having.
-  static int64_t most_rows(int64_t k) { return kTermsAtATime / (k * (k + 1)); }
+  // Rows whose lists fit into a few megabytes; beyond some 60 mixed keys a row more, since products of few rows are slow.
+  static int64_t most_rows(int64_t k) { return std::max<int64_t>(64, kTermBytes / Additions<T>::row_bytes(k)); }
 
   // What a thread needs for the row it is at.
   class Row {
@@ -75,14 +75,17 @@ class BlockMixing {
       coefficients_.gather(s, i, cosine_.data(), inverse_norm_.data(), upstream);
       block_.additions_.list(i, place, coefficients_, factor, T(0));
       for (int64_t c = 0; c < s.k; ++c) entries[s.bank_index(i, c)] += coefficients_.along[c];
-      // A cosine doesn't change with the length of g: n_a · ∂/∂n_a and n_b · ∂/∂n_b are each other's negatives.
+      // n_a · ∂/∂n_a and n_b · ∂/∂n_b are each other's negatives, since a cosine doesn't change with the length of g. But
+      // what is rounding beside a long n_a's part can be more than all of a short n_b's: each is computed by itself.
       for (int64_t p = 0; p < s.m; ++p) {
         const int64_t a = s.pair(i, p)[0], b = s.pair(i, p)[1];
-        const T inverse = inverse_norm_[p], u = s.alpha * factor * upstream[p] * inverse;
-        const T mixture_along_a = s.alpha * products_.gram(a, a) + s.beta * products_.gram(a, b);
-        const T part = u * (query_factor * products_.similarity(a) - cosine_[p] * inverse * mixture_along_a);
-        radial[a] += part;
-        radial[b] -= part;
+        const T inverse = inverse_norm_[p], u = factor * upstream[p] * inverse, v = cosine_[p] * inverse;
+        const auto along = [&](int64_t c) {
+          return query_factor * products_.similarity(c) -
+                 v * (s.alpha * products_.gram(a, c) + s.beta * products_.gram(b, c));
+        };
+        radial[a] += s.alpha * u * along(a);
+        radial[b] += s.beta * u * along(b);
       }
     }
 

@@ -9,10 +9,12 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "equal_products.h"
 #include "groups.h"
 #include "matmul.h"
 #include "memory.h"
+#include "row_blocks.h"
 #include "rows.h"
 #include "tensors.h"
 #include "top_k.h"
@@ -21,13 +23,7 @@
 namespace hicl {
 namespace {
 
-constexpr int64_t kMaxRows = 1024, kMaxColumns = 4096;
-constexpr int64_t kOperandBytes = 32 << 20;  // of a block's queries, and of a chunk's keys
-
-template <typename T>
-int64_t operand_rows(int64_t d, int64_t multiple, int64_t most) {
-  return std::max(multiple, std::min(most, kOperandBytes / (d * int64_t(sizeof(T)))) / multiple * multiple);
-}
+constexpr int64_t kMostColumns = 4096;
 
 template <typename T>
 Tensor rows_of(Tensor matrix, int64_t first, int64_t count) {
@@ -38,11 +34,13 @@ Tensor rows_of(Tensor matrix, int64_t first, int64_t count) {
 template <typename T>
 class Miner {
  public:
-  Miner(const Tensor& query, const Tensor& key, int64_t k)
+  // `operand_bytes`: of a block's queries, and of a chunk's keys
+  Miner(const Tensor& query, const Tensor& key, int64_t k, int64_t operand_bytes)
       : query_(query), key_(key), n_(query.size(0)), m_(key.size(0)), d_(query.size(1)), k_(k),
-        chunks_(m_, kColumnMultiple<T>, operand_rows<T>(d_, kColumnMultiple<T>, kMaxColumns)),
-        block_rows_(std::min(rounded_up(n_, kRowMultiple), operand_rows<T>(d_, kRowMultiple, kMaxRows))),
-        row_stride_(chunks_.width() + 64 / int64_t(sizeof(T))) {}  // a power of two would fall into few lines of the cache
+        chunks_(m_, kColumnMultiple<T>,
+                RowBlocks(m_, d_ * int64_t(sizeof(T)), operand_bytes, kMostColumns, kColumnMultiple<T>).rows()),
+        blocks_(n_, d_ * int64_t(sizeof(T)), operand_bytes, kMostBlockRows),
+        row_stride_(row_stride_for<T>(chunks_.width())) {}
 
   void exclude_target(const int64_t* target) { excludes_target_ = true, target_ = target; }
   void exclude_groups(const int64_t* query_group, const int64_t* key_group) {
@@ -50,16 +48,15 @@ class Miner {
   }
 
   void run(T* similarity, int64_t* index) {
-    Workspace workspace(Workspace::bytes_of<T>(block_rows_ * row_stride_) + Workspace::bytes_of<T>(block_rows_ * d_));
-    similarities_ = workspace.take<T>(block_rows_ * row_stride_);
-    unit_query_ = workspace.take<T>(block_rows_ * d_);
-    best_.assign(std::min(n_, block_rows_), TopK<T>(k_));
-    for (int64_t first = 0; first < n_; first += block_rows_) {
-      const int64_t count = std::min(block_rows_, n_ - first);
+    Workspace workspace(BlockRows<T>::bytes(blocks_, row_stride_) + BlockRows<T>::bytes(blocks_, d_));
+    similarities_ = BlockRows<T>(blocks_, row_stride_, workspace);
+    unit_query_ = BlockRows<T>(blocks_, d_, workspace);
+    best_.assign(std::min(n_, blocks_.rows()), TopK<T>(k_));
+    blocks_.each([&](int64_t first, int64_t count) {
       prepare_queries(first, count);
       for (int64_t column = 0; column < m_; column += chunks_.width()) search(first, count, column);
       each_row(count, k_, [&](int64_t r) { best_[r].take(similarity + (first + r) * k_, index + (first + r) * k_); });
-    }
+    });
   }
 
  private:
@@ -73,8 +70,7 @@ class Miner {
   void prepare_queries(int64_t first, int64_t count) {
     const Tensor block = rows_of<T>(query_, first, count);
     const UnitRows<T> unit(block.const_data_ptr<T>(), count, d_);
-    each_row(count, d_, [&](int64_t r) { k_rows_.scale(unit.row(r), unit.factor(r), unit_query_ + r * d_, d_); });
-    std::fill(unit_query_ + count * d_, unit_query_ + rounded_up(count, kRowMultiple) * d_, T(0));
+    each_row(count, d_, [&](int64_t r) { k_rows_.scale(unit.row(r), unit.factor(r), unit_query_.row(r), d_); });
   }
 
   // Offers the columns from `column` to the end of its chunk to a block of rows.
@@ -82,12 +78,12 @@ class Miner {
     const int64_t begin = chunks_.begin(column), end = chunks_.end(column), width = end - begin;
     const Tensor chunk = rows_of<T>(key_, begin, width);
     const UnitRows<T> keys(chunk.const_data_ptr<T>(), width, d_);
-    const int64_t rows = rounded_up(count, kRowMultiple);
-    multiply_chunk(Matrix<T>{similarities_, rows, width, row_stride_}, Matrix<T>{unit_query_, rows, d_, d_},
-                   Matrix<const T>{keys.row(0), width, d_, d_}, chunks_.width(), padded_);
+    const Matrix<T> queries = unit_query_.filled_up(count);
+    multiply_chunk(similarities_.part(queries.rows, 0, width), queries, Matrix<const T>{keys.row(0), width, d_, d_},
+                   chunks_.width(), padded_);
     const GroupIndex groups = key_group_ ? GroupIndex(key_group_ + begin, width) : GroupIndex();
     each_row(count, width, [&](int64_t r) {
-      T* row = similarities_ + r * row_stride_;
+      T* row = similarities_.row(r);
       k_rows_.to_logits(row, keys.factors(), T(1), width);
       leave_out(first + r, row, begin, end, groups);
       best_[r].offer(row + (column - begin), column, end - column);
@@ -105,21 +101,23 @@ class Miner {
   Tensor query_, key_;
   int64_t n_, m_, d_, k_;
   Chunks chunks_;
-  int64_t block_rows_, row_stride_;
+  RowBlocks blocks_;
+  int64_t row_stride_;
   bool excludes_target_ = false;
   const int64_t *target_ = nullptr, *query_group_ = nullptr, *key_group_ = nullptr;
 
-  T *similarities_ = nullptr, *unit_query_ = nullptr;  // (R, row stride), (R, D); in the workspace of `run`
+  BlockRows<T> similarities_, unit_query_;  // (R, row stride), (R, D); in the workspace of `run`
   std::vector<T> padded_;
   std::vector<TopK<T>> best_;  // (R,)
 };
 
 template <typename T>
 std::tuple<Tensor, Tensor> run(const Tensor& query, const Tensor& key, int64_t k, const OptionalTensor& target,
-                               const OptionalTensor& query_group, const OptionalTensor& key_group, bool exclude_target) {
+                               const OptionalTensor& query_group, const OptionalTensor& key_group, bool exclude_target,
+                               int64_t operand_bytes) {
   const int64_t n = query.size(0);
   Tensor similarity = new_tensor<T>({n, k}), index = new_tensor<int64_t>({n, k});
-  Miner<T> miner(query, key, k);
+  Miner<T> miner(query, key, k, operand_bytes);
   if (exclude_target) miner.exclude_target(data<int64_t>(target));
   miner.exclude_groups(data<int64_t>(query_group), data<int64_t>(key_group));
   miner.run(data<T>(similarity), data<int64_t>(index));
@@ -128,9 +126,19 @@ std::tuple<Tensor, Tensor> run(const Tensor& query, const Tensor& key, int64_t k
 
 std::tuple<Tensor, Tensor> hard_negatives(const Tensor& query, const Tensor& key, int64_t k, const OptionalTensor& target,
                                           const OptionalTensor& query_group, const OptionalTensor& key_group,
-                                          bool exclude_target) {
+                                          bool exclude_target, int64_t operand_bytes) {
+  const TensorChecks check("hard_negatives", query);
+  const auto types = {ScalarType::Double, ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  check.of_any("query", query, types, {kAny, kAny});
+  const int64_t n = query.size(0), d = query.size(1);
+  check.that(d > 0, "query", "expected at least one dimension, got 0");
+  check.of_any("key", key, types, {kAny, d});
+  check.that(k > 0, "k", "expected at least 1, got ", k);
+  check("target", target, ScalarType::Long, {n});
+  check.groups(query_group, n, key_group, key.size(0));
   const bool is_double = query.scalar_type() == ScalarType::Double || key.scalar_type() == ScalarType::Double;
-  return (is_double ? run<double> : run<float>)(query, key, k, target, query_group, key_group, exclude_target);
+  return (is_double ? run<double> : run<float>)(query, key, k, target, query_group, key_group, exclude_target,
+                                                 operand_bytes);
 }
 
 }  // namespace
@@ -138,7 +146,7 @@ std::tuple<Tensor, Tensor> hard_negatives(const Tensor& query, const Tensor& key
 STABLE_TORCH_LIBRARY_FRAGMENT(hicl_fast_cpp, m) {
   m.def(
       "hard_negatives(Tensor query, Tensor key, int k, Tensor? target, Tensor? query_group, Tensor? key_group, "
-      "bool exclude_target) -> (Tensor similarity, Tensor index)");
+      "bool exclude_target, int operand_bytes=33554432) -> (Tensor similarity, Tensor index)");
 }
 STABLE_TORCH_LIBRARY_IMPL(hicl_fast_cpp, CPU, m) { m.impl("hard_negatives", TORCH_BOX(&hard_negatives)); }
 

@@ -4,18 +4,12 @@
 #include <string>
 #include <tuple>
 
+#include "checks.h"
 #include "info_nce_sweep.h"
 #include "tensors.h"
 
 namespace hicl {
 namespace {
-
-void check_target(const OptionalTensor& target, int64_t num_keys) {
-  if (!target) return;
-  const int64_t* t = target->const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < target->size(0); ++i)
-    STD_TORCH_CHECK(t[i] >= 0 && t[i] < num_keys, "target: expected indices of keys, 0 to ", num_keys - 1, ", got ", t[i]);
-}
 
 using Result =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -26,11 +20,43 @@ struct Mixing {
   double alpha;
 };
 
+void check_arguments(const Tensor& query, const Tensor& key, const OptionalTensor& target, const OptionalTensor& negatives,
+                     const OptionalTensor& bank, const OptionalTensor& extra_logits, const OptionalTensor& query_group,
+                     const OptionalTensor& key_group, const OptionalTensor& loss_grad, const Rules& rules,
+                     const Mixing& mixing) {
+  const TensorChecks check("info_nce", query);
+  const ScalarType type = sum_type(check, "query", query);
+  const int64_t n = query.size(0), d = query.size(1);
+  check("query", query, type, {n, d});
+  check.that(n > 0 && d > 0, "query", "expected at least one row and one dimension, got ", n, " and ", d);
+  check("key", key, type, {kAny, d});
+  const int64_t m = key.size(0);
+  check("target", target, ScalarType::Long, {n});
+  check_range(check, "target", target, 0, m, "indices of keys");
+  check.that(target || n <= m, "key", "expected at least ", n, " rows, one for each query, or a target, got ", m);
+  check("negatives", negatives, type, {kAny, d});
+  check("bank", bank, type, {kAny, d});
+  check("extra_logits", extra_logits, type, {n, kAny});
+  check.groups(query_group, n, key_group, m);
+  check("loss_grad", loss_grad, type, {n});
+  check.that(rules.hard_negative_weight == 0 || count(negatives) >= n, "negatives", "expected at least ", n,
+             " rows, since they have a weight of their own, got ", count(negatives));
+  if (rules.symmetric) {
+    check.that(n == m, "symmetric", "expected as many queries as keys, got ", n, " and ", m);
+    check.that(!target && !negatives && !bank && !extra_logits && !mixing.pairs, "symmetric",
+               "expected no target, negatives, bank, extra logits or mixing");
+  }
+  if (!mixing.pairs) return;
+  check.that(0 < mixing.k && mixing.k <= m, "k", "expected 1 to ", m, ", got ", mixing.k);
+  check("mixed_pairs", mixing.pairs, ScalarType::Long, {n, kAny, 2});
+  check_range(check, "mixed_pairs", mixing.pairs, 0, mixing.k, "places among the k");
+}
+
 template <typename T>
 Result run(const Tensor& query, const Tensor& key, const OptionalTensor& target, const OptionalTensor& negatives,
            const OptionalTensor& bank, const OptionalTensor& extra_logits, const OptionalTensor& query_group,
            const OptionalTensor& key_group, const OptionalTensor& loss_grad, double row_weight, const Rules& rules,
-           const Mixing& mixing, Wanted wanted) {
+           const Mixing& mixing, Wanted wanted, int64_t block_bytes) {
   const int64_t n = query.size(0), m = key.size(0), d = query.size(1), p = count(negatives);
   const int64_t e = extra_logits ? extra_logits->size(1) : 0;
   Tensor loss = new_tensor<T>({n}), negative_lse = new_tensor<T>({n}), positive = new_tensor<T>({n}),
@@ -41,7 +67,7 @@ Result run(const Tensor& query, const Tensor& key, const OptionalTensor& target,
   Tensor query_grad = gradient(wanted.query, n, d), key_grad = gradient(wanted.key, m, d),
          negatives_grad = gradient(wanted.negatives, p, d), extra_grad = gradient(wanted.extra_logits, n, e),
          scale_grad = wanted.scale ? new_tensor<T>({}) : new_tensor<T>({0});
-  Tensor hard_negatives = new_tensor<int64_t>({mixing.pairs ? n : 0, mixing.k});
+  Tensor hard_negatives = new_tensor<int64_t>({mixing.pairs ? n : 0, mixing.pairs ? mixing.k : 0});
   const auto pointer = [](bool is_wanted, Tensor& t) { return is_wanted ? data<T>(t) : nullptr; };
 
   Sweep<T> sweep({query.const_data_ptr<T>(), n, d, d}, rules,
@@ -60,7 +86,7 @@ Result run(const Tensor& query, const Tensor& key, const OptionalTensor& target,
     sweep.set_mixing({data<int64_t>(mixing.pairs), data<int64_t>(hard_negatives), mixing.pairs->size(1), mixing.k,
                       mixing.alpha});
   sweep.set_row_weight(row_weight, data<T>(loss_grad));
-  sweep.run();
+  sweep.run(block_bytes);
   return {loss,       negative_lse, column_lse,     positive,   hardest,   total,
           query_grad, key_grad,     negatives_grad, extra_grad, scale_grad, hard_negatives};
 }
@@ -68,14 +94,14 @@ Result run(const Tensor& query, const Tensor& key, const OptionalTensor& target,
 Result info_nce(const Tensor& query, const Tensor& key, const OptionalTensor& target, const OptionalTensor& negatives,
                 const OptionalTensor& bank, const OptionalTensor& extra_logits, const OptionalTensor& query_group,
                 const OptionalTensor& key_group, const OptionalTensor& loss_grad, double row_weight, double scale,
-                double hard_negative_weight,
-                int64_t same_group, double margin, bool symmetric, const OptionalTensor& mixed_pairs, int64_t k,
-                double alpha, int64_t wanted) {
-  check_target(target, key.size(0));
+                double hard_negative_weight, int64_t same_group, double margin, bool symmetric,
+                const OptionalTensor& mixed_pairs, int64_t k, double alpha, int64_t wanted, int64_t block_bytes) {
   const Rules rules{scale, hard_negative_weight, SameGroup(same_group), margin, symmetric};
+  const Mixing mixing{mixed_pairs, k, alpha};
+  check_arguments(query, key, target, negatives, bank, extra_logits, query_group, key_group, loss_grad, rules, mixing);
   const auto run_typed = query.scalar_type() == ScalarType::Double ? run<double> : run<float>;
   return run_typed(query, key, target, negatives, bank, extra_logits, query_group, key_group, loss_grad, row_weight, rules,
-                   {mixed_pairs, k, alpha}, Wanted(wanted));
+                   mixing, Wanted(wanted), block_bytes);
 }
 
 std::string capability() { return cpu_capability(); }
@@ -86,7 +112,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hicl_fast_cpp, m) {
   m.def(
       "info_nce(Tensor query, Tensor key, Tensor? target, Tensor? negatives, Tensor? bank, Tensor? extra_logits, "
       "Tensor? query_group, Tensor? key_group, Tensor? loss_grad, float row_weight, float scale, float hard_negative_weight, "
-      "int same_group, float margin, bool symmetric, Tensor? mixed_pairs, int k, float alpha, int wanted) -> "
+      "int same_group, float margin, bool symmetric, Tensor? mixed_pairs, int k, float alpha, int wanted, int block_bytes=134217728) -> "
       "(Tensor loss, Tensor negative_lse, Tensor column_lse, Tensor positive, Tensor hardest, Tensor total, "
       "Tensor query_grad, Tensor key_grad, Tensor negatives_grad, Tensor extra_logits_grad, Tensor scale_grad, "
       "Tensor hard_negatives)");

@@ -47,7 +47,7 @@ void Sweep<T>::column_statistics(int64_t count) {
 }
 
 template <typename T>
-void Sweep<T>::second_sweep(int64_t block) {
+void Sweep<T>::second_sweep(const RowBlocks& blocks) {
   const int64_t n = query_.rows;
   for (int64_t j = 0; j < n; ++j) {
     const double column_lse = double(column_best_[j]) + std::log(double(column_total_[j]));
@@ -58,8 +58,7 @@ void Sweep<T>::second_sweep(int64_t block) {
   }
   if (!wanted_.any()) return;
   for (int64_t j = 0; j < n; ++j) column_weight_[j] = T(row_weight(j) / 2);
-  for (int64_t first = 0; first < n; first += block) {
-    const int64_t count = std::min(block, n - first);
+  blocks.each([&](int64_t first, int64_t count) {
     if (count < n) similarities(first, count);  // a single block still holds its logits
     each_row(first, count, [&](int64_t i, T* row) {
       const Positive& positive = positive_[i];
@@ -75,7 +74,7 @@ void Sweep<T>::second_sweep(int64_t block) {
       moment_[i] = moment + positive_weight * positive.logit;
     });
     products(first, count);
-  }
+  });
 }
 
 }  // namespace hicl

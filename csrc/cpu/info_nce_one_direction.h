@@ -13,7 +13,7 @@ template <typename T>
 Positive Sweep<T>::find_positive(int64_t i) const {
   const UnitRows<T>& keys = segments_[0].unit;
   const int64_t column = target(i);
-  const T* unit_query = unit_block_ + (i - block_first_) * query_.columns;
+  const T* unit_query = unit_block_.row(i - block_first_);
   const double s = double(k_.dot(unit_query, keys.row(column), query_.columns)) * double(keys.factor(column));
   if (rules_.margin == 0) return {column, s, s * rules_.scale, 1.0};
   // The bounds are the type's nearest, as in a comparison in that type.

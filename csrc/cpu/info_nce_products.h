@@ -14,8 +14,7 @@ void Sweep<T>::similarities(int64_t first, int64_t count) {
   for (const Segment<T>& s : segments_) {
     if (s.unit.count() == 0 || (mixing_ && s.first == 0)) continue;
     const Matrix<const T> columns{s.unit.row(0), s.unit.count(), query_.columns, query_.columns};
-    matmul(Matrix<T>{logits_ + s.first, count, s.unit.count(), row_stride_}, unit_block(count),
-           columns.transposed());
+    matmul(columns_of(s, count), unit_block(count), columns.transposed());
   }
   block_first_ = first;
 }
@@ -23,13 +22,13 @@ void Sweep<T>::similarities(int64_t first, int64_t count) {
 // As `hard_negatives` takes them, so that the same keys are chosen.
 template <typename T>
 void Sweep<T>::key_similarities(int64_t count) {
-  const int64_t rows = rounded_up(count, kRowMultiple), d = query_.columns;
-  std::fill(unit_block_ + count * d, unit_block_ + rows * d, T(0));
+  const int64_t d = query_.columns;
+  const Matrix<T> queries = unit_block_.filled_up(count);
   const UnitRows<T>& keys = segments_[0].unit;
   const Chunks chunks = key_chunks();
   for (int64_t column = 0; column < keys.count(); column += chunks.width()) {
     const int64_t begin = chunks.begin(column), end = chunks.end(column);
-    multiply_chunk(Matrix<T>{logits_ + begin, rows, chunks.width(), row_stride_}, unit_block(rows),
+    multiply_chunk(logits_.part(queries.rows, begin, chunks.width()), queries,
                    Matrix<const T>{keys.row(begin), end - begin, d, d}, chunks.width(), padded_keys_);
   }
 }
@@ -44,7 +43,7 @@ void Sweep<T>::products(int64_t first, int64_t count) {
     bool accumulate = false;
     for (const Segment<T>& s : segments_) {
       if (s.unit.count() == 0) continue;
-      matmul(Matrix<T>{gradient, count, d, d}, slope(s, count), Matrix<const T>{s.unit.row(0), s.unit.count(), d, d},
+      matmul(Matrix<T>{gradient, count, d, d}, columns_of(s, count), Matrix<const T>{s.unit.row(0), s.unit.count(), d, d},
              accumulate);
       accumulate = true;
     }
@@ -54,7 +53,7 @@ void Sweep<T>::products(int64_t first, int64_t count) {
   each_block_row(count, [&](int64_t r, T* unit_query) { k_.scale(unit_query, row_factor_[r], unit_query, d); });
   for (const Segment<T>& s : segments_)
     if (s.gradient && s.unit.count())
-      matmul(Matrix<T>{s.gradient, s.unit.count(), d, d}, slope(s, count).transposed(), unit_block(count), first > 0);
+      matmul(Matrix<T>{s.gradient, s.unit.count(), d, d}, columns_of(s, count).transposed(), unit_block(count), first > 0);
   if (!wanted_.key) return;
   add_positives(first, count, segments_[0].gradient);
   if (mixing_) mixing_->add_to(segments_[0].gradient, first, first + count);
@@ -84,7 +83,7 @@ void Sweep<T>::add_positives(int64_t first, int64_t count, T* key_gradient) {
   torch::stable::parallel_for(0, d, std::max<int64_t>(16, kGrain / count), [&](int64_t begin, int64_t end) {
     for (int64_t r = 0; r < count; ++r) {
       const int64_t j = target(first + r);
-      k_.add_scaled(unit_block_ + r * d + begin, T(positive_entry_[r]) * keys.factor(j),
+      k_.add_scaled(unit_block_.row(r) + begin, T(positive_entry_[r]) * keys.factor(j),
                     key_gradient + j * d + begin, end - begin);
     }
   });

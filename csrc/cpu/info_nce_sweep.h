@@ -24,15 +24,13 @@
 #include "info_nce_problem.h"
 #include "matmul.h"
 #include "memory.h"
+#include "row_blocks.h"
 #include "rows.h"
 #include "unit_rows.h"
 
 namespace hicl {
 
-// Rows in a block: the BLAS packs the keys anew for every block, which 1024 rows pay for; less where memory says so.
-constexpr int64_t kMinBlockRows = 64, kMaxBlockRows = 1024;
-constexpr int64_t kBlockBytes = 128 << 20;  // of logits
-constexpr int64_t kMaxChunk = 4096;         // of keys in one product, where hard negatives are chosen
+constexpr int64_t kMaxChunk = 4096;  // of keys in one product, where hard negatives are chosen
 
 template <typename T>
 class Sweep {
@@ -65,24 +63,23 @@ class Sweep {
   // One weight for all rows, and one for each where there are any.
   void set_row_weight(double common, const T* each) { common_weight_ = common, row_weight_ = each; }
 
-  void run() {
-    const int64_t n = query_.rows, block = block_rows();
-    const int64_t room = rounded_up(block, kRowMultiple);
+  // `block_bytes`: of the logits that there are at a time
+  void run(int64_t block_bytes) {
+    const int64_t n = query_.rows, stride = row_stride();
+    const RowBlocks blocks(n, stride * int64_t(sizeof(T)), block_bytes, most_block_rows());
     num_columns_ = num_columns();
     column_factor_.resize(num_columns_, T(1));
-    row_stride_ = row_stride();
-    Workspace workspace(Workspace::bytes_of<T>(room * row_stride_) + Workspace::bytes_of<T>(room * query_.columns) +
-                        BlockMixing<T>::bytes(mixing_rules_, block));
-    logits_ = workspace.take<T>(room * row_stride_);
-    unit_block_ = workspace.take<T>(room * query_.columns);
-    if (mixing_rules_) mixing_.emplace(*mixing_rules_, query_, segments_[0].unit, block, workspace);
-    row_factor_.resize(block);
-    positive_entry_.resize(block);
+    Workspace workspace(BlockRows<T>::bytes(blocks, stride) + BlockRows<T>::bytes(blocks, query_.columns) +
+                        BlockMixing<T>::bytes(mixing_rules_, blocks.rows()));
+    logits_ = BlockRows<T>(blocks, stride, workspace);
+    unit_block_ = BlockRows<T>(blocks, query_.columns, workspace);
+    if (mixing_rules_) mixing_.emplace(*mixing_rules_, query_, segments_[0].unit, blocks.rows(), workspace);
+    row_factor_.resize(blocks.rows());
+    positive_entry_.resize(blocks.rows());
     moment_.assign(n, 0.0);
     if (rules_.symmetric) prepare_both_directions();
 
-    for (int64_t first = 0; first < n; first += block) {
-      const int64_t count = std::min(block, n - first);
+    blocks.each([&](int64_t first, int64_t count) {
       similarities(first, count);
       if (rules_.symmetric) {
         each_row(first, count, [&](int64_t i, T* row) { symmetric_statistics(i, row); });
@@ -95,8 +92,8 @@ class Sweep {
         });
         if (wanted_.any()) products(first, count);
       }
-    }
-    if (rules_.symmetric) second_sweep(block);
+    });
+    if (rules_.symmetric) second_sweep(blocks);
     if (wanted_.any()) finish_gradients();
     *out_.total = T(common_weight_ * std::accumulate(out_.loss, out_.loss + n, 0.0));
   }
@@ -109,22 +106,15 @@ class Sweep {
   }
   Chunks key_chunks() const { return {segments_[0].unit.count(), kColumnMultiple<T>, kMaxChunk}; }
   int64_t row_stride() const {
-    return padded(mixing_rules_ ? std::max(num_columns(), key_chunks().width()) : num_columns());
+    return row_stride_for<T>(mixing_rules_ ? std::max(num_columns(), key_chunks().width()) : num_columns());
   }
-  int64_t block_rows() const {
-    int64_t most = std::clamp(kBlockBytes / (int64_t(sizeof(T)) * row_stride()), kMinBlockRows, kMaxBlockRows);
-    if (mixing_rules_) most = std::clamp(BlockMixing<T>::most_rows(mixing_rules_->k), kMinBlockRows, most);
-    return std::min(query_.rows, most);
+  int64_t most_block_rows() const {
+    return mixing_rules_ ? std::min(kMostBlockRows, BlockMixing<T>::most_rows(mixing_rules_->k)) : kMostBlockRows;
   }
-  // An odd number of cache lines: rows a power of two apart fall into the same few lines of the cache.
-  static int64_t padded(int64_t columns) {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    return ((columns + kLine - 1) / kLine | 1) * kLine;
-  }
-  T* logits(int64_t i) { return logits_ + i * row_stride_; }
+  T* logits(int64_t r) { return logits_.row(r); }
   int64_t target(int64_t i) const { return target_ ? target_[i] : i; }
   double row_weight(int64_t i) const { return row_weight_ ? common_weight_ * double(row_weight_[i]) : common_weight_; }
-  Matrix<T> unit_block(int64_t count) { return {unit_block_, count, query_.columns, query_.columns}; }
+  Matrix<T> unit_block(int64_t count) { return unit_block_.part(count, 0, query_.columns); }
 
   template <typename F>
   void each_range(int64_t count, F f) {
@@ -140,12 +130,12 @@ class Sweep {
   template <typename F>
   void each_block_row(int64_t count, F f) {
     torch::stable::parallel_for(0, count, rows_per_thread(query_.columns), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) f(r, unit_block_ + r * query_.columns);
+      for (int64_t r = begin; r < end; ++r) f(r, unit_block_.row(r));
     });
   }
 
-  Matrix<T> slope(const Segment<T>& s, int64_t count) {
-    return {logits_ + s.first, count, s.unit.count(), row_stride_};
+  Matrix<T> columns_of(const Segment<T>& s, int64_t count) {
+    return logits_.part(count, s.first, s.unit.count());
   }
 
   // info_nce_products.h
@@ -178,7 +168,7 @@ class Sweep {
   void prepare_both_directions();
   void symmetric_statistics(int64_t i, T* row);
   void column_statistics(int64_t count);
-  void second_sweep(int64_t block);
+  void second_sweep(const RowBlocks& blocks);
 
   const RowKernels<T>& k_ = row_kernels<T>();
   Matrix<const T> query_;
@@ -189,7 +179,7 @@ class Sweep {
 
   std::vector<Segment<T>> segments_;  // the first holds the keys
   std::vector<T> column_factor_, logit_factor_;
-  int64_t num_similarities_ = 0, num_extra_ = 0, num_columns_ = 0, row_stride_ = 0, first_own_ = -1;
+  int64_t num_similarities_ = 0, num_extra_ = 0, num_columns_ = 0, first_own_ = -1;
   const T *extra_ = nullptr, *row_weight_ = nullptr;
   double common_weight_ = 1;
   const int64_t *target_ = nullptr, *query_group_ = nullptr;
@@ -198,7 +188,7 @@ class Sweep {
   std::optional<BlockMixing<T>> mixing_;
   std::vector<T> padded_keys_;
 
-  T *logits_ = nullptr, *unit_block_ = nullptr;            // (R, row stride), (R, D); in the workspace of `run`
+  BlockRows<T> logits_, unit_block_;                       // (R, row stride), (R, D); in the workspace of `run`
   std::vector<T> row_factor_;                              // (R,) what ∂loss/∂(k_j · q̂) is of the row's entries
   std::vector<double> positive_entry_;                     // (R,) the positive's entry, without ‖k‖⁻¹
   std::vector<double> moment_;                             // (N,) each row's part of the scale's gradient

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "sanitizer.h"
+
 extern "C" {
 AOTITorchError aoti_torch_cpu_mm_out(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat2);
 AOTITorchError aoti_torch_cpu_addmm_out(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat1,
@@ -40,9 +42,18 @@ Tensor as_tensor(const Matrix<T>& m) {
                                   kScalarType<std::remove_const_t<T>>);
 }
 
+// Nothing in itself; with a sanitizer, that all of a matrix lies where it may.
+template <typename T>
+void check_extent(const Matrix<T>& m) {
+  if (!kSanitizing) return;
+  const Matrix<T> by_row = m.column_stride == 1 ? m : m.transposed();
+  for (int64_t i = 0; i < by_row.rows; ++i) must_be_mine(by_row.row(i), by_row.columns * int64_t(sizeof(T)));
+}
+
 // out = a b, or out += a b
 template <typename T, typename A, typename B>
 void matmul(const Matrix<T>& out, const Matrix<A>& a, const Matrix<B>& b, bool accumulate = false) {
+  check_extent(out), check_extent(a), check_extent(b);
   const Tensor o = as_tensor(out), x = as_tensor(a), y = as_tensor(b);
   const AOTITorchError error = accumulate ? aoti_torch_cpu_addmm_out(o.get(), o.get(), x.get(), y.get(), 1.0, 1.0)
                                           : aoti_torch_cpu_mm_out(o.get(), x.get(), y.get());

@@ -7,14 +7,31 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "memory.h"
 #include "mixing.h"
+#include "row_blocks.h"
 #include "rows.h"
 #include "tensors.h"
 #include "unit_rows.h"
 
 namespace hicl {
 namespace {
+
+TensorChecks check_candidates(const char* op, const Tensor& query, const Tensor& bank, const Tensor& index,
+                              const Tensor& pairs) {
+  const TensorChecks check(op, query);
+  const ScalarType type = sum_type(check, "query", query);
+  const int64_t n = query.size(0), d = query.size(1);
+  check("query", query, type, {n, d});
+  check("bank", bank, type, {kAny, d});
+  check("index", index, ScalarType::Long, {n, kAny});
+  check.that(index.size(1) > 0, "index", "expected at least one column, got 0");
+  check_range(check, "index", index, 0, bank.size(0), "rows of bank");
+  check("pairs", pairs, ScalarType::Long, {n, kAny, 2});
+  check_range(check, "pairs", pairs, 0, index.size(1), "columns of index");
+  return check;
+}
 
 template <typename T>
 Candidates<T> candidates(const Tensor& query, const Tensor& bank, const Tensor& index, const Tensor& pairs, double alpha) {
@@ -41,7 +58,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& bank, cons
 template <typename T>
 std::tuple<Tensor, Tensor> backward(const Tensor& query, const Tensor& bank, const Tensor& index, const Tensor& pairs,
                                     double alpha, const Tensor& cosine, const Tensor& inverse_norm,
-                                    const Tensor& upstream, bool want_query, bool want_bank) {
+                                    const Tensor& upstream, bool want_query, bool want_bank, int64_t term_bytes) {
   const Candidates<T> s = candidates<T>(query, bank, index, pairs, alpha);
   Tensor query_grad = want_query ? new_tensor<T>({s.n, s.d}) : new_tensor<T>({0});
   Tensor bank_grad = want_bank ? new_tensor<T>({s.num_bank, s.d}) : new_tensor<T>({0});
@@ -52,11 +69,12 @@ std::tuple<Tensor, Tensor> backward(const Tensor& query, const Tensor& bank, con
   const RowKernels<T>& kernels = row_kernels<T>();
 
   if (want_bank) std::fill(db, db + s.num_bank * s.d, T(0));
-  const int64_t block = std::min(s.n, std::max<int64_t>(1, kTermsAtATime / (s.k * (s.k + 1))));
-  Workspace workspace(want_bank ? Additions<T>::bytes(block, s.k) : 0);
-  Additions<T> additions(s, want_bank ? block : 0, workspace);
-  for (int64_t first = 0; first < s.n; first += block) {
-    const int64_t last = std::min(s.n, first + block);
+  const RowBlocks blocks(s.n, Additions<T>::row_bytes(s.k), term_bytes, s.n, 1);
+  const int64_t listed = want_bank ? blocks.rows() : 0;
+  Workspace workspace(Additions<T>::bytes(listed, s.k));
+  Additions<T> additions(s, listed, workspace);
+  blocks.each([&](int64_t first, int64_t count) {
+    const int64_t last = first + count;
     torch::stable::parallel_for(first, last, rows_per_thread(s.d * s.k), [&](int64_t begin, int64_t end) {
       Coefficients<T> coefficients;
       std::vector<const T*> negatives(s.k);
@@ -75,12 +93,13 @@ std::tuple<Tensor, Tensor> backward(const Tensor& query, const Tensor& bank, con
       }
     });
     if (want_bank) add_in_order(s, additions, first, last, db);
-  }
+  });
   return {query_grad, bank_grad};
 }
 
 std::tuple<Tensor, Tensor> mixed_negatives(const Tensor& query, const Tensor& bank, const Tensor& index,
                                            const Tensor& pairs, double alpha) {
+  check_candidates("mixed_negatives", query, bank, index, pairs);
   const auto typed = query.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
   return typed(query, bank, index, pairs, alpha);
 }
@@ -88,9 +107,14 @@ std::tuple<Tensor, Tensor> mixed_negatives(const Tensor& query, const Tensor& ba
 std::tuple<Tensor, Tensor> mixed_negatives_backward(const Tensor& query, const Tensor& bank, const Tensor& index,
                                                     const Tensor& pairs, double alpha, const Tensor& cosine,
                                                     const Tensor& inverse_norm, const Tensor& upstream,
-                                                    bool want_query, bool want_bank) {
+                                                    bool want_query, bool want_bank, int64_t term_bytes) {
+  const TensorChecks check = check_candidates("mixed_negatives_backward", query, bank, index, pairs);
+  const ScalarType type = query.scalar_type();
+  check("cosine", cosine, type, {pairs.size(0), pairs.size(1)});
+  check("inverse_norm", inverse_norm, type, {pairs.size(0), pairs.size(1)});
+  check("upstream", upstream, type, {pairs.size(0), pairs.size(1)});
   const auto typed = query.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
-  return typed(query, bank, index, pairs, alpha, cosine, inverse_norm, upstream, want_query, want_bank);
+  return typed(query, bank, index, pairs, alpha, cosine, inverse_norm, upstream, want_query, want_bank, term_bytes);
 }
 
 }  // namespace
@@ -101,7 +125,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hicl_fast_cpp, m) {
       "-> (Tensor cosine, Tensor inverse_norm)");
   m.def(
       "mixed_negatives_backward(Tensor query, Tensor bank, Tensor index, Tensor pairs, float alpha, Tensor cosine, "
-      "Tensor inverse_norm, Tensor upstream, bool want_query, bool want_bank) "
+      "Tensor inverse_norm, Tensor upstream, bool want_query, bool want_bank, int term_bytes=4194304) "
       "-> (Tensor query_grad, Tensor bank_grad)");
 }
 STABLE_TORCH_LIBRARY_IMPL(hicl_fast_cpp, CPU, m) {

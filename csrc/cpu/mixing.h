@@ -13,8 +13,8 @@
 
 namespace hicl {
 
-constexpr int64_t kLineBytes = 64;           // of a gradient's row: what threads share it out in
-constexpr int64_t kTermsAtATime = 1 << 18;  // 4 MB
+constexpr int64_t kLineBytes = 64;       // of a gradient's row: what threads share it out in
+constexpr int64_t kTermBytes = 4 << 20;  // of what is listed at a time to be added to gradients
 
 // ‖g‖² comes from a sum whose terms can cancel, with an error of a few roundings of the terms. A smaller result has no
 // digits that are right: such a mixture has no direction.
@@ -125,6 +125,7 @@ class Additions {
   Additions(const Candidates<T>& candidates, int64_t num_rows, Workspace& workspace)
       : s_(candidates), row_(workspace.take<const T*>(num_terms(num_rows, s_.k))),
         factor_(workspace.take<T>(num_terms(num_rows, s_.k))), count_(workspace.take<int64_t>(num_rows * s_.k)) {}
+  static int64_t row_bytes(int64_t k) { return num_terms(1, k) * int64_t(sizeof(const T*) + sizeof(T)); }
   static int64_t bytes(int64_t num_rows, int64_t k) {
     return Workspace::bytes_of<const T*>(num_terms(num_rows, k)) + Workspace::bytes_of<T>(num_terms(num_rows, k)) +
            Workspace::bytes_of<int64_t>(num_rows * k);

@@ -42,6 +42,11 @@ class Pairs {
 };
 
 Tensor random_pairs(int64_t num_rows, int64_t num_mixed, int64_t k, int64_t seed, int64_t first_row) {
+  constexpr int64_t kLargestK = 1 << 16;  // hicl_fast/pairs.py says why
+  STD_TORCH_CHECK(2 <= k && k <= kLargestK, "random_pairs: k: expected 2 to ", kLargestK, ", got ", k);
+  STD_TORCH_CHECK(num_rows >= 0 && num_mixed >= 0 && first_row >= 0,
+                  "random_pairs: expected num_rows, num_mixed and first_row of at least 0, got ", num_rows, ", ", num_mixed,
+                  " and ", first_row);
   Tensor pairs = new_tensor<int64_t>({num_rows, num_mixed, 2});
   int64_t* out = data<int64_t>(pairs);
   const Pairs pairs_of_k(k);
@@ -49,7 +54,7 @@ Tensor random_pairs(int64_t num_rows, int64_t num_mixed, int64_t k, int64_t seed
   torch::stable::parallel_for(0, num_rows, rows_per_thread(num_mixed), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t p = 0; p < num_mixed; ++p) {
-        const uint64_t counter = (uint64_t(first_row + i) << 32) + uint64_t(p);
+        const uint64_t counter = ((uint64_t(first_row) + uint64_t(i)) << 32) + uint64_t(p);
         const uint64_t random = mixed(counter * kGolden + start) >> 32;
         const auto [a, b] = pairs_of_k[int64_t(random * num_pairs >> 32)];
         out[(i * num_mixed + p) * 2] = a;

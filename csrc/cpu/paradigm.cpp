@@ -13,10 +13,12 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "equal_products.h"
 #include "matmul.h"
 #include "memory.h"
 #include "paradigm_weights.h"
+#include "row_blocks.h"
 #include "rows.h"
 #include "tensors.h"
 #include "unit_rows.h"
@@ -24,21 +26,17 @@
 namespace hicl {
 namespace {
 
-constexpr int64_t kMinBlockRows = 64, kMaxBlockRows = 1024;
-constexpr int64_t kBlockBytes = 128 << 20;  // of similarities
-
 // Blocks of similarities (R, N), with −inf on the diagonal.
 template <typename T>
 class Blocks {
  public:
-  Blocks(Matrix<const T> x, Matrix<const T> y)
+  Blocks(Matrix<const T> x, Matrix<const T> y, int64_t block_bytes)
       : x_(x),
         n_(y.rows),
         d_(y.columns),
         width_(rounded_up(n_, kColumnMultiple<T>)),
-        stride_((width_ * int64_t(sizeof(T)) / 64 | 1) * 64 / int64_t(sizeof(T))),
-        block_(std::min(rounded_up(n_, kRowMultiple),
-                        std::clamp(kBlockBytes / (stride_ * int64_t(sizeof(T))), kMinBlockRows, kMaxBlockRows))),
+        stride_(row_stride_for<T>(width_)),
+        blocks_(n_, stride_ * int64_t(sizeof(T)), block_bytes, kMostBlockRows),
         columns_(y.data) {
     if (width_ > n_) {  // filled up with zero rows
       padded_columns_.assign(width_ * d_, T(0));
@@ -50,14 +48,14 @@ class Blocks {
   // Calls f(first, count) for each block, whose similarities are then in `row`.
   template <typename F>
   void each(F f) {
-    Workspace workspace(Workspace::bytes_of<T>(block_ * stride_));
-    similarities_ = workspace.take<T>(block_ * stride_);
-    for (int64_t first = 0; first < n_; first += block_) {
-      const int64_t count = std::min(block_, n_ - first);
-      multiply(first, count);
+    Workspace workspace(BlockRows<T>::bytes(blocks_, stride_) + BlockRows<T>::bytes(blocks_, d_));
+    similarities_ = BlockRows<T>(blocks_, stride_, workspace);
+    BlockRows<T> last_rows(blocks_, d_, workspace);
+    blocks_.each([&](int64_t first, int64_t count) {
+      multiply(first, count, last_rows);
       for (int64_t r = 0; r < count; ++r) row(r)[first + r] = -std::numeric_limits<T>::infinity();
       f(first, count);
-    }
+    });
   }
   template <typename F>
   void each_row(int64_t count, F f) {
@@ -66,28 +64,27 @@ class Blocks {
     });
   }
 
-  T* row(int64_t r) { return similarities_ + r * stride_; }
-  Matrix<T> block(int64_t count) { return {similarities_, count, n_, stride_}; }
+  T* row(int64_t r) { return similarities_.row(r); }
+  Matrix<T> block(int64_t count) { return similarities_.part(count, 0, n_); }
   int64_t stride() const { return stride_; }
 
  private:
-  void multiply(int64_t first, int64_t count) {
-    const int64_t rows = rounded_up(count, kRowMultiple);
-    const T* x = x_.row(first);
-    if (rows > count) {
-      padded_rows_.assign(rows * d_, T(0));
-      std::copy(x, x + count * d_, padded_rows_.begin());
-      x = padded_rows_.data();
+  void multiply(int64_t first, int64_t count, const BlockRows<T>& last_rows) {
+    Matrix<const T> rows{x_.row(first), count, d_, d_};
+    if (count % kRowMultiple) {
+      std::copy(rows.data, rows.row(count), last_rows.row(0));
+      const Matrix<T> filled_up = last_rows.filled_up(count);
+      rows.data = filled_up.data, rows.rows = filled_up.rows;
     }
-    matmul(Matrix<T>{similarities_, rows, width_, stride_}, Matrix<const T>{x, rows, d_, d_},
-           Matrix<const T>{columns_, width_, d_, d_}.transposed());
+    matmul(similarities_.part(rows.rows, 0, width_), rows, Matrix<const T>{columns_, width_, d_, d_}.transposed());
   }
 
   Matrix<const T> x_;
-  int64_t n_, d_, width_, stride_, block_;
+  int64_t n_, d_, width_, stride_;
+  RowBlocks blocks_;
   const T* columns_;
-  std::vector<T> padded_columns_, padded_rows_;
-  T* similarities_ = nullptr;
+  std::vector<T> padded_columns_;
+  BlockRows<T> similarities_;  // in the workspace of `each`
 };
 
 // The largest down each column so far, and the first row where it is. Threads share out the columns.
@@ -128,7 +125,8 @@ Matrix<const T> matrix(const Tensor& t) {
 using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename T>
-Statistics run_statistics(const Tensor& x, const Tensor& y, std::optional<double> temperature, bool columns) {
+Statistics run_statistics(const Tensor& x, const Tensor& y, std::optional<double> temperature, bool columns,
+                          int64_t block_bytes) {
   const int64_t n = x.size(0);
   Tensor hardest = new_tensor<T>({n}), lse = new_tensor<T>({temperature ? n : 0}),
          column_hardest = new_tensor<T>({columns ? n : 0});
@@ -138,7 +136,7 @@ Statistics run_statistics(const Tensor& x, const Tensor& y, std::optional<double
   ColumnMaxima<T> down(data<T>(column_hardest), data<int64_t>(column_index), columns ? n : 0);
   const RowKernels<T>& k = row_kernels<T>();
 
-  Blocks<T> blocks(matrix<T>(x), matrix<T>(y));
+  Blocks<T> blocks(matrix<T>(x), matrix<T>(y), block_bytes);
   blocks.each([&](int64_t first, int64_t count) {
     if (columns) down.offer(blocks, first, count);
     blocks.each_row(count, [&](int64_t r, T* row) {
@@ -155,7 +153,7 @@ Statistics run_statistics(const Tensor& x, const Tensor& y, std::optional<double
 using Combination = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <typename T, typename Weight>
-Combination run_combination(const Tensor& x, const Tensor& y, const Tensor& t, const Weight& weight) {
+Combination run_combination(const Tensor& x, const Tensor& y, const Tensor& t, const Weight& weight, int64_t block_bytes) {
   const int64_t n = x.size(0), d = t.size(1);
   Tensor rows = new_tensor<T>({n, d}), log_total = new_tensor<T>({n}), hardest = new_tensor<T>({n}), index = new_tensor<int64_t>({n});
   T *out = data<T>(rows), *log_sum = data<T>(log_total), *best = data<T>(hardest);
@@ -163,7 +161,7 @@ Combination run_combination(const Tensor& x, const Tensor& y, const Tensor& t, c
   const RowKernels<T>& k = row_kernels<T>();
   std::vector<T> factor(n);
 
-  Blocks<T> blocks(matrix<T>(x), matrix<T>(y));
+  Blocks<T> blocks(matrix<T>(x), matrix<T>(y), block_bytes);
   blocks.each([&](int64_t first, int64_t count) {
     blocks.each_row(count, [&](int64_t r, T* row) {
       const int64_t i = first + r;
@@ -185,27 +183,44 @@ Combination run_combination(const Tensor& x, const Tensor& y, const Tensor& t, c
 }
 
 template <typename T>
-Combination with_weight(const Tensor& x, const Tensor& y, const Tensor& t, const std::string& weight, double parameter) {
-  if (weight == "softmax") return run_combination<T>(x, y, t, SoftmaxWeight<T>(parameter));
-  if (weight == "power") return run_combination<T>(x, y, t, PowerWeight<T>(parameter));
+Combination with_weight(const Tensor& x, const Tensor& y, const Tensor& t, const std::string& weight, double parameter,
+                        int64_t block_bytes) {
+  if (weight == "softmax") return run_combination<T>(x, y, t, SoftmaxWeight<T>(parameter), block_bytes);
+  if (weight == "power") return run_combination<T>(x, y, t, PowerWeight<T>(parameter), block_bytes);
   STD_TORCH_CHECK(false, "weight: expected softmax or power, got ", weight);
 }
 
-Statistics statistics(const Tensor& x, const Tensor& y, std::optional<double> temperature, bool columns) {
-  return (x.scalar_type() == ScalarType::Double ? run_statistics<double> : run_statistics<float>)(x, y, temperature, columns);
+TensorChecks check_rows(const char* op, const Tensor& x, const Tensor& y) {
+  const TensorChecks check(op, x);
+  const ScalarType type = sum_type(check, "x", x);
+  const int64_t n = x.size(0), d = x.size(1);
+  check("x", x, type, {n, d});
+  check.that(n > 0 && d > 0, "x", "expected at least one row and one dimension, got ", n, " and ", d);
+  check("y", y, type, {n, d});
+  return check;
 }
-Combination combine(const Tensor& x, const Tensor& y, const Tensor& t, std::string weight, double parameter) {
-  return (x.scalar_type() == ScalarType::Double ? with_weight<double> : with_weight<float>)(x, y, t, weight, parameter);
+
+Statistics statistics(const Tensor& x, const Tensor& y, std::optional<double> temperature, bool columns,
+                      int64_t block_bytes) {
+  check_rows("paradigm_statistics", x, y);
+  const auto run = x.scalar_type() == ScalarType::Double ? run_statistics<double> : run_statistics<float>;
+  return run(x, y, temperature, columns, block_bytes);
+}
+Combination combine(const Tensor& x, const Tensor& y, const Tensor& t, std::string weight, double parameter,
+                    int64_t block_bytes) {
+  check_rows("paradigm_combine", x, y)("t", t, x.scalar_type(), {x.size(0), kAny});
+  const auto run = x.scalar_type() == ScalarType::Double ? with_weight<double> : with_weight<float>;
+  return run(x, y, t, weight, parameter, block_bytes);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(hicl_fast_cpp, m) {
   m.def(
-      "paradigm_statistics(Tensor x, Tensor y, float? temperature, bool columns) -> "
+      "paradigm_statistics(Tensor x, Tensor y, float? temperature, bool columns, int block_bytes=134217728) -> "
       "(Tensor hardest, Tensor index, Tensor lse, Tensor column_hardest, Tensor column_index)");
   m.def(
-      "paradigm_combine(Tensor x, Tensor y, Tensor t, str weight, float parameter) -> "
+      "paradigm_combine(Tensor x, Tensor y, Tensor t, str weight, float parameter, int block_bytes=134217728) -> "
       "(Tensor rows, Tensor log_total, Tensor hardest, Tensor index)");
 }
 STABLE_TORCH_LIBRARY_IMPL(hicl_fast_cpp, CPU, m) {

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "groups.h"
 #include "rows.h"
 #include "tensors.h"
@@ -99,11 +100,7 @@ Tensor run_gradient(const Tensor& unit, const Tensor& norm, const Tensors& rows,
   T* out = data<T>(gradients);
   const T *x = unit.const_data_ptr<T>(), *length = norm.const_data_ptr<T>();
   std::vector<Term<T>> terms;
-  for (size_t t = 0; t < rows.size(); ++t) {
-    STD_TORCH_CHECK(factors[t].numel() == n && rows[t].size(1) == d, "factors: expected ", n, " and rows of ", d,
-                    " elements, got ", factors[t].numel(), " and ", rows[t].size(1));
-    terms.emplace_back(rows[t], factors[t], sources[t], targets[t]);
-  }
+  for (size_t t = 0; t < rows.size(); ++t) terms.emplace_back(rows[t], factors[t], sources[t], targets[t]);
   const RowKernels<T>& k = row_kernels<T>();
   torch::stable::parallel_for(0, n, rows_per_thread(d), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -118,11 +115,35 @@ Tensor run_gradient(const Tensor& unit, const Tensor& norm, const Tensors& rows,
   return gradients;
 }
 
+void check_terms(const Tensor& unit, const Tensor& norm, const Tensors& rows, const Tensors& factors,
+                 const OptionalTensors& sources, const OptionalTensors& targets) {
+  const TensorChecks check("paradigm_gradient", unit);
+  const ScalarType type = sum_type(check, "unit", unit);
+  const int64_t n = unit.size(0), d = unit.size(1);
+  check("unit", unit, type, {n, d});
+  check("norm", norm, type, {n});
+  check.that(factors.size() == rows.size() && sources.size() == rows.size() && targets.size() == rows.size(), "rows",
+             "expected as many as factors, sources and targets, got ", rows.size(), " with ", factors.size(), ", ",
+             sources.size(), " and ", targets.size());
+  for (size_t t = 0; t < rows.size(); ++t) {
+    check("rows", rows[t], type, {sources[t] ? kAny : n, d});
+    check("factors", factors[t], type, {n});
+    check("sources", sources[t], ScalarType::Long, {n});
+    check_range(check, "sources", sources[t], 0, rows[t].size(0), "indices of rows");
+    check("targets", targets[t], ScalarType::Long, {n});
+  }
+}
+
 Views views(const Tensor& u, const Tensor& v) {
+  const TensorChecks check("paradigm_views", u);
+  const ScalarType type = sum_type(check, "u", u);
+  check("u", u, type, {u.size(0), u.size(1)});
+  check("v", v, type, {u.size(0), u.size(1)});
   return (u.scalar_type() == ScalarType::Double ? run_views<double> : run_views<float>)(u, v);
 }
 Tensor gradient(const Tensor& unit, const Tensor& norm, Tensors rows, Tensors factors, OptionalTensors sources,
                 OptionalTensors targets) {
+  check_terms(unit, norm, rows, factors, sources, targets);
   const auto run = unit.scalar_type() == ScalarType::Double ? run_gradient<double> : run_gradient<float>;
   return run(unit, norm, rows, factors, sources, targets);
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "checks.h"
 #include "rows.h"
 #include "tensors.h"
 #include "unit_rows.h"
@@ -78,7 +79,27 @@ std::tuple<Tensor, Tensor> backward(const Tensor& segments, const Tensor& offset
   return {segments_grad, weights_grad};
 }
 
+TensorChecks check_sequences(const char* op, const Tensor& segments, const Tensor& offsets, const OptionalTensor& weights) {
+  const TensorChecks check(op, segments);
+  const ScalarType type = sum_type(check, "segments", segments);
+  const int64_t num_segments = segments.size(0), d = segments.size(1);
+  check("segments", segments, type, {num_segments, d});
+  check("offsets", offsets, ScalarType::Long, {kAny});
+  check("weights", weights, type, {num_segments});
+  const int64_t num_sequences = offsets.size(0) - 1;
+  check.that(num_sequences > 0, "offsets", "expected at least 2 elements, got ", num_sequences + 1);
+  const int64_t* offset = offsets.const_data_ptr<int64_t>();
+  check.that(offset[0] == 0, "offsets", "expected to start at 0, got ", offset[0]);
+  bool is_rising = true;
+  for (int64_t b = 0; b < num_sequences; ++b) is_rising &= offset[b] < offset[b + 1];
+  check.that(is_rising, "offsets", "expected at least one segment in every sequence, got an empty one");
+  check.that(offset[num_sequences] == num_segments, "offsets", "expected to end at the number of segments, ",
+             num_segments, ", got ", offset[num_sequences]);
+  return check;
+}
+
 Tensor segment_pool(const Tensor& segments, const Tensor& offsets, const OptionalTensor& weights) {
+  check_sequences("segment_pool", segments, offsets, weights);
   const auto typed = segments.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
   return typed(segments, offsets, weights);
 }
@@ -86,6 +107,8 @@ Tensor segment_pool(const Tensor& segments, const Tensor& offsets, const Optiona
 std::tuple<Tensor, Tensor> segment_pool_backward(const Tensor& segments, const Tensor& offsets,
                                                  const OptionalTensor& weights, const Tensor& pooled_grad,
                                                  bool want_segments, bool want_weights) {
+  const TensorChecks check = check_sequences("segment_pool_backward", segments, offsets, weights);
+  check("pooled_grad", pooled_grad, segments.scalar_type(), {offsets.size(0) - 1, segments.size(1)});
   const auto typed = segments.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
   return typed(segments, offsets, weights, pooled_grad, want_segments, want_weights);
 }

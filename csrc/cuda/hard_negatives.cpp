@@ -15,7 +15,15 @@ namespace {
 std::tuple<Tensor, Tensor> hard_negatives(const Tensor& query, const Tensor& key, int64_t k,
                                           const OptionalTensor& target, const OptionalTensor& query_group,
                                           const OptionalTensor& key_group, bool exclude_target) {
-  const int64_t n = query.size(0), m = key.size(0), dim = query.size(1);
+  const TensorChecks check("hard_negatives", query);
+  const ScalarType type = operand_type(check, "query", query);
+  const int64_t n = query.size(0), dim = query.size(1);
+  check("query", query, type, {n, dim});
+  check("key", key, type, {kAny, dim});
+  const int64_t m = key.size(0);
+  check("target", target, ScalarType::Long, {n});
+  check.groups(query_group, n, key_group, m);
+  check.that(k > 0, "k", "expected at least 1, got ", k);
   STD_TORCH_CHECK(std::max({n, m, dim, k}) <= kMostRows, "hicl_fast: hard_negatives takes at most ", kMostRows,
                   " rows, keys and dimensions");
   const OnDevice device(query);
@@ -25,8 +33,7 @@ std::tuple<Tensor, Tensor> hard_negatives(const Tensor& query, const Tensor& key
   HardNegatives problem{};
   problem.query = query.const_data_ptr(), problem.key = key.const_data_ptr();
   problem.target = indices(target);
-  problem.query_group = key_group ? indices(query_group) : nullptr;
-  problem.key_group = query_group ? indices(key_group) : nullptr;
+  problem.query_group = indices(query_group), problem.key_group = indices(key_group);
   problem.num_rows = int(n), problem.num_keys = int(m), problem.dim = int(dim), problem.k = int(k);
   problem.type = element_type(query);
   problem.is_aligned = has_aligned_rows(query) && has_aligned_rows(key);

@@ -28,8 +28,19 @@ Outputs small_info_nce(const Tensor& query, const Tensor& key, const OptionalTen
                        const OptionalTensor& query_group, const OptionalTensor& key_group,
                        const OptionalTensor& loss_grad, const OptionalTensor& scale_on_device, double scale,
                        double row_weight, double own_bias, double margin, int64_t wanted_bits) {
-  const int64_t n = query.size(0), m = key.size(0), dim = query.size(1), p = negatives ? negatives->size(0) : 0;
-  const int64_t extra = extra_logits ? extra_logits->size(1) : 0;
+  const TensorChecks check("small_info_nce", query);
+  const ScalarType type = operand_type(check, "query", query);
+  const int64_t n = query.size(0), dim = query.size(1);
+  check("query", query, type, {n, dim});
+  check("key", key, type, {kAny, dim});
+  check("negatives", negatives, type, {kAny, dim});
+  check("extra_logits", extra_logits, ScalarType::Float, {n, kAny});
+  const int64_t m = key.size(0), p = negatives ? negatives->size(0) : 0, extra = extra_logits ? extra_logits->size(1) : 0;
+  check("target", target, ScalarType::Long, {n});
+  check.that(target || n <= m, "key", "expected at least ", n, " rows, one for each query, or a target, got ", m);
+  check.groups(query_group, n, key_group, m);
+  check("loss_grad", loss_grad, ScalarType::Float, {n});
+  check("scale_on_device", scale_on_device, ScalarType::Float, {});
   STD_TORCH_CHECK(std::max({n, m, p, extra, dim}) <= kMostRows,
                   "hicl_fast: small_info_nce takes at most ", kMostRows, " rows, columns and dimensions");
   const OnDevice device(query);

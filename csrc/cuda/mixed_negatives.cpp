@@ -11,6 +11,18 @@
 namespace hicl::cuda {
 namespace {
 
+TensorChecks check_candidates(const char* op, const Tensor& query, const Tensor& bank, const Tensor& index,
+                              const Tensor& pairs) {
+  const TensorChecks check(op, query);
+  const ScalarType type = operand_type(check, "query", query);
+  const int64_t n = query.size(0), dim = query.size(1);
+  check("query", query, type, {n, dim});
+  check("bank", bank, type, {kAny, dim});
+  check("index", index, ScalarType::Long, {n, kAny});
+  check("pairs", pairs, ScalarType::Long, {n, kAny, 2});
+  return check;
+}
+
 MixedNegatives describe(const Tensor& query, const Tensor& bank, const Tensor& index, const Tensor& pairs, double alpha,
                         Tensor& cosine, Tensor& inverse_norm) {
   STD_TORCH_CHECK(index.size(1) <= kMostMixed, "hicl_fast: mixed_negatives takes at most ", kMostMixed,
@@ -30,6 +42,7 @@ MixedNegatives describe(const Tensor& query, const Tensor& bank, const Tensor& i
 // query (N, D), bank (B, D), index (N, k), pairs (N, m, 2) -> cosine, 1 / ‖g‖, (N, m) float32
 std::tuple<Tensor, Tensor> mixed_negatives(const Tensor& query, const Tensor& bank, const Tensor& index,
                                            const Tensor& pairs, double alpha) {
+  check_candidates("mixed_negatives", query, bank, index, pairs);
   const OnDevice device(query);
   Tensor cosine = new_tensor(query, {pairs.size(0), pairs.size(1)}, ScalarType::Float);
   Tensor inverse_norm = new_tensor(query, {pairs.size(0), pairs.size(1)}, ScalarType::Float);
@@ -44,10 +57,15 @@ std::tuple<Tensor, Tensor> mixed_negatives_backward(const Tensor& query, const T
                                                     const Tensor& pairs, double alpha, Tensor cosine,
                                                     Tensor inverse_norm, const Tensor& cosine_grad, bool want_query,
                                                     bool want_bank, int64_t addition_bytes) {
+  const TensorChecks check = check_candidates("mixed_negatives_backward", query, bank, index, pairs);
+  check("cosine", cosine, ScalarType::Float, {pairs.size(0), pairs.size(1)});
+  check("inverse_norm", inverse_norm, ScalarType::Float, {pairs.size(0), pairs.size(1)});
+  check("cosine_grad", cosine_grad, ScalarType::Float, {pairs.size(0), pairs.size(1)});
   const OnDevice device(query);
   const MixedNegatives problem = describe(query, bank, index, pairs, alpha, cosine, inverse_norm);
   const int64_t n = problem.num_rows, dim = problem.dim, row_bytes = problem.k * dim * int64_t(sizeof(float));
-  const int64_t step = want_bank ? std::clamp<int64_t>(addition_bytes / std::max<int64_t>(row_bytes, 1), 1, n) : n;
+  const int64_t fitting = addition_bytes / std::max<int64_t>(row_bytes, 1);
+  const int64_t step = want_bank ? std::max<int64_t>(1, std::min(fitting, n)) : n;
   Tensor query_grad = new_tensor(query, {want_query ? n : 0, dim}, ScalarType::Float);
   Tensor bank_grad = new_tensor(query, {want_bank ? bank.size(0) : 0, dim}, ScalarType::Float);
   Tensor addition = new_tensor(query, {want_bank ? step : 0, problem.k, dim}, ScalarType::Float);

@@ -10,6 +10,15 @@
 namespace hicl::cuda {
 namespace {
 
+TensorChecks check_sequences(const char* op, const Tensor& segments, const Tensor& offsets, const OptionalTensor& weights) {
+  const TensorChecks check(op, segments);
+  check("segments", segments, operand_type(check, "segments", segments), {kAny, kAny});
+  check("offsets", offsets, ScalarType::Long, {kAny});
+  check.that(offsets.size(0) > 1, "offsets", "expected at least 2 elements, got ", offsets.size(0));
+  check("weights", weights, ScalarType::Float, {segments.size(0)});
+  return check;
+}
+
 Ragged describe(const Tensor& segments, const Tensor& offsets, const OptionalTensor& weights) {
   const int64_t num_segments = segments.size(0), dim = segments.size(1);
   return {offsets.const_data_ptr<int64_t>(), floats(weights), offsets.size(0) - 1,    num_segments, dim,
@@ -35,6 +44,7 @@ Pooled pool(const Ragged& ragged, const void* values, const Tensor& like, Scalar
 
 // segments (S, D), offsets (B + 1,), weights (S,) float32 -> (B, D) in the segments' type
 Tensor segment_pool(const Tensor& segments, const Tensor& offsets, const OptionalTensor& weights) {
+  check_sequences("segment_pool", segments, offsets, weights);
   const OnDevice device(segments);
   const Ragged ragged = describe(segments, offsets, weights);
   return pool(ragged, segments.const_data_ptr(), segments, segments.scalar_type(), device.stream()).pooled;
@@ -44,6 +54,8 @@ Tensor segment_pool(const Tensor& segments, const Tensor& offsets, const Optiona
 std::tuple<Tensor, Tensor> segment_pool_backward(const Tensor& segments, const Tensor& offsets,
                                                  const OptionalTensor& weights, const Tensor& pooled_grad,
                                                  bool want_segments, bool want_weights) {
+  check_sequences("segment_pool_backward", segments, offsets, weights)(
+      "pooled_grad", pooled_grad, segments.scalar_type(), {offsets.size(0) - 1, segments.size(1)});
   const OnDevice device(segments);
   Ragged ragged = describe(segments, offsets, weights);
   ragged.is_aligned = ragged.is_aligned && has_aligned_rows(pooled_grad);

@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <optional>
 
+#include "../tensor_checks.h"
 #include "stream.h"
 #include "types.h"
 
@@ -38,6 +39,12 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shap
 inline float* floats(Tensor& t) { return t.mutable_data_ptr<float>(); }
 inline const float* floats(const OptionalTensor& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 inline const int64_t* indices(const OptionalTensor& t) { return t ? t->const_data_ptr<int64_t>() : nullptr; }
+
+// The type of a call's matrices.
+inline ScalarType operand_type(const TensorChecks& check, const char* name, const Tensor& t) {
+  check.of_any(name, t, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half}, {kAny, kAny});
+  return t.scalar_type();
+}
 
 inline ElementType element_type(const Tensor& t) {
   switch (t.scalar_type()) {

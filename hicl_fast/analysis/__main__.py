@@ -15,27 +15,33 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from pathlib import Path
 from typing import get_args
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from hicl_fast.analysis import embeddings, simulation
+from hicl_fast._command import Parser, command, input_file, needs, output_folder, whole
+from hicl_fast.analysis import simulation
 from hicl_fast.analysis.terms import gradient_terms
 from hicl_fast.losses.paradigm import GradientParadigmLoss
 from hicl_fast.reference.paradigm import Modification, Objective
+
+with needs("analysis", __name__):
+    from tqdm import tqdm
+
+    from hicl_fast.analysis import embeddings
 
 CONTRASTIVE: tuple[Objective, ...] = ("info_nce", "arccon", "mpt", "met", "mat")
 MODIFIED: tuple[Modification, ...] = get_args(Modification)
 BINS = 100
 
 
+@command("analysis")
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     from hicl_fast.analysis import figures  # needs matplotlib, which --help doesn't
 
+    views = given_views(args)
     folder = args.output_dir
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -62,10 +68,6 @@ def main(argv: list[str] | None = None) -> None:
     figures.write_csv(rows, folder / "figure5_similarity.csv")
     figures.distributions(rows, folder / "figure5_similarity.png")
 
-    try:
-        views = given_views(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     if views is not None:
         u, v = views
         rows = densities("embeddings", *embeddings.histograms(u, v, BINS))
@@ -84,26 +86,31 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m hicl_fast.analysis", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--output_dir", type=Path, required=True)
-    add("--model", help="a folder the trainer wrote, or any encoder transformers can load; with --text")
-    add("--text", metavar="FILE", help="sentences one a line, each embedded twice under dropout")
-    add("--max_sentences", type=int, default=1024)
-    add("--embeddings", nargs=2, metavar=("U.npy", "V.npy"), help="two views (N, D) instead of a model")
-    add("--grid", type=int, default=40, help="points along each angle")
-    add("--samples", type=int, default=200, help="batches drawn for each point")
-    add("--steps", type=int, default=150, help="of training in figure 5")
-    add("--seed", type=int, default=0)
+    add("--output_dir", type=output_folder, required=True)
+    add("--model", help="a folder of the trainer or sentence-transformers, or any encoder; with --text")
+    add(
+        "--text",
+        type=input_file,
+        metavar="FILE",
+        help="sentences, one a line or in a table, each embedded twice under dropout",
+    )
+    add("--max_sentences", type=whole(2), default=1024)
+    add(
+        "--embeddings", type=input_file, nargs=2, metavar=("U.npy", "V.npy"), help="two views (N, D) instead of a model"
+    )
+    add("--grid", type=whole(2), default=40, help="points along each angle")
+    add("--samples", type=whole(1), default=200, help="batches drawn for each point")
+    add("--steps", type=whole(1), default=150, help="of training in figure 5")
+    add("--seed", type=whole(0), default=0)
     args = parser.parse_args(argv)
     if (args.model is None) != (args.text is None):
-        parser.error("--model and --text go together")
+        parser.error("text: expected with --model and only with it")
     if args.model is not None and args.embeddings is not None:
-        parser.error("--model and --embeddings: one of them")
-    if args.grid < 2 or args.samples < 1 or args.steps < 1:
-        parser.error("--grid: expected at least 2; --samples and --steps: at least 1")
+        parser.error("embeddings: expected none with --model")
     return args
 
 

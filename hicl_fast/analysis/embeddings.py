@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -18,13 +19,13 @@ from hicl_fast.text_files import check_file, read_rows
 LONGEST = 64  # tokens of a sentence
 
 
-def load_views(paths: list[str]) -> tuple[Tensor, Tensor]:
+def load_views(paths: Sequence[str | Path]) -> tuple[Tensor, Tensor]:
     """Two .npy files of shape (N, D).
 
     Raises:
         ValueError: what they hold is something else.
     """
-    arrays = [np.load(path) for path in paths]
+    arrays = [_load(path) for path in paths]
     for path, array in zip(paths, arrays, strict=True):
         if array.ndim != 2 or array.shape != arrays[0].shape:
             raise ValueError(f"embeddings: expected two arrays of one shape (N, D), got {array.shape} in {path}")
@@ -32,7 +33,17 @@ def load_views(paths: list[str]) -> tuple[Tensor, Tensor]:
     return u, v
 
 
-def views_of_model(name_or_path: str, text_file: str, count: int, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+def _load(path: str | Path) -> np.ndarray:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"embeddings: expected a .npy file of numbers, got {path}: {error}") from None
+    if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"embeddings: expected a .npy file of floating-point numbers, got another in {path}")
+    return array
+
+
+def views_of_model(name_or_path: str, text_file: str | Path, count: int, batch_size: int = 64) -> tuple[Tensor, Tensor]:
     """Each of the first ``count`` sentences under two dropout masks: SimCSE's positives. (count, D) twice.
 
     Raises:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from hicl_fast import _checks as check
+
 NAMES = ("torch", "cpp", "triton", "cuda")
 ENVIRONMENT = "HICL_FAST_BACKEND"
 
@@ -88,16 +90,24 @@ def implementation(operator: str, name: str) -> Any:
     return getattr(_module(name), operator)
 
 
+def check_name(backend: str, name: str = "backend") -> None:
+    """Whether it names a backend; whether that one is there and does a call is known once there is a call."""
+    if not isinstance(backend, str) or backend not in ("auto", *NAMES):
+        raise ValueError(
+            f"{name}: expected 'auto' or one of {', '.join(map(repr, NAMES))}, got {check.describe(backend)}"
+        )
+
+
 @torch.compiler.assume_constant_result
 def choose(asked: str, operator: str, device_type: str, dtype: torch.dtype, features: tuple[str, ...] = ()) -> str:
     """The backend for a call: the one asked for, else HICL_FAST_BACKEND's, else the first in PREFERENCE that does it."""
     call = Call(operator, device_type, dtype, features)
+    check_name(asked)
     if asked == "auto":
         asked = os.environ.get(ENVIRONMENT, "auto")
+        check_name(asked, ENVIRONMENT)
     if asked == "auto":
         return _preferred(call)
-    if asked not in NAMES:
-        raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, NAMES))}, got {asked!r}")
     refusal = _refusal(asked, call)
     if refusal:
         able = ", ".join(name for name in NAMES if not _refusal(name, call))

@@ -49,6 +49,7 @@ def ranks_of(process_group: dist.ProcessGroup | None = None) -> Ranks:
     Raises:
         ValueError: this process is not in the group.
     """
+    check_process_group(process_group)
     if not (dist.is_available() and dist.is_initialized()):
         return Ranks(None, 0, 1)
     rank = dist.get_rank(process_group)
@@ -57,8 +58,15 @@ def ranks_of(process_group: dist.ProcessGroup | None = None) -> Ranks:
     return Ranks(process_group, rank, dist.get_world_size(process_group))
 
 
+def check_process_group(process_group: object) -> None:
+    """A group, ``None``, or what ``new_group`` gives a process that is not in the group."""
+    if process_group is None or not dist.is_available() or process_group is dist.GroupMember.NON_GROUP_MEMBER:
+        return
+    check.instance("process_group", process_group, dist.ProcessGroup)
+
+
 def check_gather(gather: Gather, process_group: dist.ProcessGroup | None) -> Gather:
     """``gather`` as a loss's constructor takes it; a process group alone means ``True``."""
-    if not isinstance(gather, bool):
-        check.one_of("gather", gather, ("ring",))
+    check.one_of("gather", gather, (False, True, "ring"))
+    check_process_group(process_group)
     return True if process_group is not None and gather is False else gather

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from hicl_fast.evaluation.senteval import TASKS, Task, find_root, read_task
 
@@ -30,6 +29,8 @@ def evaluate(
         FileNotFoundError: ``data_dir`` is not such a folder.
         ValueError: a file of a task is malformed; names the file and line.
     """
+    from tqdm import tqdm  # not needed by those who only read tasks
+
     root = find_root(data_dir)
     bar = tqdm(tasks, desc="evaluation", unit="task", leave=False, disable=not progress)
     found = {name: read_task(root, name) for name in tasks}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from hicl_fast import _checks as check
 from hicl_fast.text_files import read_lines
 
 TASKS = ("STS12", "STS13", "STS14", "STS15", "STS16", "STS-B", "SICK-R")
@@ -61,7 +62,7 @@ def read_task(root: Path, name: str) -> Task | None:
         path, columns, heading = _TABLES[name]
         pairs = list(_table_pairs(root / path, columns, heading)) if (root / path).is_file() else []
     else:
-        raise ValueError(f"task: expected one of {', '.join((*TASKS, DEVELOPMENT_TASK))}, got {name!r}")
+        raise ValueError(f"task: expected one of {', '.join((*TASKS, DEVELOPMENT_TASK))}, got {check.shown(name)}")
     if not pairs:
         return None
     first, second, gold = zip(*pairs, strict=True)
@@ -109,4 +110,4 @@ def _number(text: str, path: Path, number: int) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"{path}, line {number}: expected a gold score, got {text.strip()!r}") from None
+        raise ValueError(f"{path}, line {number}: expected a gold score, got {check.shown(text.strip())}") from None

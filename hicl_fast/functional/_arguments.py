@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from hicl_fast import _checks as check
+from hicl_fast.backend import registry
 from hicl_fast.ops.problem import host_number
 
 MOST_NEGATIVES = 128  # of a row, that are looked for
@@ -15,10 +18,11 @@ def check_matrices(query: Tensor, key: Tensor, negatives: Tensor | None, bank: T
     check.floating_matrix("query", query, "(N, D)")
     if query.shape[0] == 0 or query.shape[1] == 0:
         raise ValueError(f"query: expected at least one row and one dimension, got {check.describe(query)}")
-    for name, value, shape in (("key", key, "(M, D)"), ("negatives", negatives, "(P, D)"), ("bank", bank, "(B, D)")):
-        if value is not None:
-            check.floating_matrix(name, value, shape, like=query)
-            check.row_length(name, value, query.shape[1])
+    check.rows_like("key", key, "(M, D)", query)
+    if negatives is not None:
+        check.rows_like("negatives", negatives, "(P, D)", query)
+    if bank is not None:
+        check.rows_like("bank", bank, "(B, D)", query)
 
 
 def check_rows(
@@ -57,7 +61,9 @@ def check_k(k: int, query: Tensor, key: Tensor, num_positives: int) -> None:
     most = min(MOST_NEGATIVES, key.shape[0] - num_positives)
     if not 1 <= k <= most:
         came = f"{query.shape[0]} queries and {key.shape[0]} keys, of which row 0 has {most} candidates"
-        raise ValueError(f"k: expected 1 to {most}, got {k}" + (f", with {came}" if most < MOST_NEGATIVES else ""))
+        raise ValueError(
+            f"k: expected 1 to {most}, got {check.shown(k)}" + (f", with {came}" if most < MOST_NEGATIVES else "")
+        )
 
 
 def check_index(query: Tensor, index: Tensor) -> None:
@@ -74,11 +80,33 @@ def check_pairs(query: Tensor, pairs: Tensor) -> None:
         raise ValueError(f"pairs: expected shape {shape}, a row for each query, got {check.describe(pairs)}")
 
 
-def check_alpha(alpha: float) -> None:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise TypeError(f"alpha: expected a number, got {check.describe(alpha)}")
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha: expected a number from 0 to 1, got {alpha!r}")
+def check_info_nce_options(
+    *,
+    hard_negative_weight: float,
+    same_group: str,
+    margin: float,
+    symmetric: bool,
+    reduction: str,
+    precision: str | None,
+    backend: str,
+) -> None:
+    """The options of InfoNCE that say nothing of tensors: the function's, and those a module keeps for it."""
+    check.real_number("hard_negative_weight", hard_negative_weight)
+    check.one_of("same_group", same_group, ("exclude", "negative", "positive"))
+    check.angle("margin", margin)
+    check.flag("symmetric", symmetric)
+    check.one_of("reduction", reduction, ("mean", "sum", "none"))
+    check.one_of("precision", precision, (None, "float32", "bf16"))
+    registry.check_name(backend)
+
+
+def check_positive_mixing_options(threshold: float, weights: tuple[float, float] | Literal["search"]) -> None:
+    check.non_negative_number("threshold", threshold)
+    if isinstance(weights, str) and weights == "search":
+        return
+    is_pair = isinstance(weights, (tuple, list)) and len(weights) == 2
+    if not (is_pair and all(check.is_number(weight) and check.is_finite(weight) for weight in weights)):
+        raise ValueError(f"weights: expected a pair of finite numbers or 'search', got {check.describe(weights)}")
 
 
 def scale(temperature: float | Tensor, query: Tensor) -> Tensor:

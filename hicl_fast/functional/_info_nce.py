@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from hicl_fast import _checks as check
-from hicl_fast.functional._arguments import check_alpha, check_k, check_matrices, check_pairs, check_rows, scale
+from hicl_fast.functional._arguments import (
+    check_info_nce_options,
+    check_k,
+    check_matrices,
+    check_pairs,
+    check_rows,
+    scale,
+)
 from hicl_fast.ops import info_nce as op
 from hicl_fast.ops.info_nce import Result
 from hicl_fast.ops.problem import Mixing, Problem
@@ -138,11 +143,15 @@ def info_nce_with_statistics(
     check_rows(query, key, target, extra_logits, query_group, key_group)
     if bank_group is not None:
         _check_bank_group(bank_group, query, bank, query_group)
-    check.one_of("same_group", same_group, ("exclude", "negative", "positive"))
-    check.one_of("reduction", reduction, ("mean", "sum", "none"))
-    check.one_of("precision", precision, (None, "float32", "bf16"))  # type: ignore[arg-type]
-    if not (isinstance(margin, (int, float)) and 0.0 <= margin < math.pi):
-        raise ValueError(f"margin: expected an angle in radians, at least 0 and below π, got {margin!r}")
+    check_info_nce_options(
+        hard_negative_weight=hard_negative_weight,
+        same_group=same_group,
+        margin=margin,
+        symmetric=symmetric,
+        reduction=reduction,
+        precision=precision,
+        backend=backend,
+    )
     if hard_negative_weight != 0.0 and (negatives is None or negatives.shape[0] != query.shape[0]):
         came = "no negatives" if negatives is None else f"{negatives.shape[0]} negatives"
         raise ValueError(
@@ -181,8 +190,10 @@ def _check_bank_group(bank_group: Tensor, query: Tensor, bank: Tensor | None, qu
 
 
 def _check_mixing(mixing: Mixing, query: Tensor, key: Tensor, target: Tensor | None, symmetric: bool) -> None:
+    if not isinstance(mixing, Mixing):
+        raise TypeError(f"mixing: expected a Mixing or None, got {check.describe(mixing)}")
     if symmetric:
         raise ValueError("mixing: expected None with symmetric=True, since a mixture has one direction")
     check_k(mixing.k, query, key, 1 if target is None else 0)
     check_pairs(query, mixing.pairs)
-    check_alpha(mixing.alpha)
+    check.share("alpha", mixing.alpha)

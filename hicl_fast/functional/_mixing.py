@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 from torch import Tensor
 
 from hicl_fast import _checks as check
 from hicl_fast.functional._arguments import (
-    check_alpha,
     check_groups,
     check_index,
     check_k,
     check_matrices,
     check_pairs,
+    check_positive_mixing_options,
     check_rows,
     scale,
 )
@@ -67,8 +66,7 @@ def hard_negatives(
         hicl_fast.BackendError: the backend asked for is not there or does not do this call.
     """
     check_matrices(query, key, None, None)
-    if not isinstance(exclude_target, bool):
-        raise TypeError(f"exclude_target: expected True or False, got {check.describe(exclude_target)}")
+    check.flag("exclude_target", exclude_target)
     if not exclude_target and target is not None:
         raise ValueError(f"target: expected None where exclude_target is False, got {check.describe(target)}")
     if exclude_target:
@@ -126,7 +124,7 @@ def mixed_negative_logits(
         raise ValueError(f"query: expected at least one row and one dimension, got {check.describe(query)}")
     check_index(query, index)
     check_pairs(query, pairs)
-    check_alpha(alpha)
+    check.share("alpha", alpha)
     return _mixed_negatives_op.apply(query, bank, index, pairs, float(alpha), scale(temperature, query), backend)
 
 
@@ -176,12 +174,5 @@ def positive_mixing(
         check.floating_matrix(name, value, "(N, D)", like=query)
         if value.shape != query.shape:
             raise ValueError(f"{name}: expected shape {tuple(query.shape)}, as query has, got {check.describe(value)}")
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-        raise TypeError(f"threshold: expected a number, got {check.describe(threshold)}")
-    if not threshold >= 0:
-        raise ValueError(f"threshold: expected a number of at least 0, got {threshold!r}")
-    if weights != "search":
-        is_pair = isinstance(weights, (tuple, list)) and len(weights) == 2
-        if not (is_pair and all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights)):
-            raise ValueError(f"weights: expected a pair of finite numbers or 'search', got {check.describe(weights)}")
+    check_positive_mixing_options(threshold, weights)
     return _positive_mixing_op.apply(query, positive, negative, float(threshold), weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 
 from torch import Tensor
@@ -13,6 +12,7 @@ from hicl_fast.ops.info_nce import Result
 from hicl_fast.ops.paradigm_settings import Settings
 from hicl_fast.reference.paradigm import (
     DEFAULT_MARGIN,
+    HINGES,
     MODIFIABLE,
     OBJECTIVES,
     PARAMETRIC_WEIGHTS,
@@ -140,33 +140,51 @@ def paradigm_settings(
 ) -> Settings:
     """The arguments of :func:`paradigm` that are not tensors, checked."""
     check.one_of("objective", objective, OBJECTIVES)
-    if isinstance(modified, str):
+    if isinstance(modified, str) or not isinstance(modified, Collection):
         raise TypeError(f"modified: expected a collection of names, got {check.describe(modified)}")
     for name in modified:
         check.one_of("modified", name, ("gd", "w", "r"))
     if modified and objective not in MODIFIABLE:
         raise ValueError(
-            f"modified: expected none with {objective!r}; only {', '.join(MODIFIABLE)} have modified forms"
+            f"modified: expected none with {objective!r}, got {check.shown(modified)}; "
+            f"only {', '.join(MODIFIABLE)} have modified forms"
         )
     margin = DEFAULT_MARGIN[objective] if margin is None else margin
-    check.real_number("margin", margin)
-    if objective == "info_nce" and margin != 0.0:
-        raise ValueError(f"margin: expected none with 'info_nce', got {margin!r}; 'arccon' has one")
-    if objective == "arccon" and not 0.0 <= margin < math.pi:
-        raise ValueError(f"margin: expected an angle in radians, at least 0 and below π, got {margin!r}")
+    if objective == "arccon":
+        check.angle("margin", margin)
+    elif objective in HINGES:
+        check.non_negative_number("margin", margin)
+    else:
+        check.real_number("margin", margin)
+    if margin != DEFAULT_MARGIN[objective] and not _has_margin(objective, modified):
+        why = {"info_nce": "'arccon' has one", "custom": "a number as its dissipation is one"}.get(
+            objective, "the modification 'gd' has one"
+        )
+        raise ValueError(f"margin: expected none with {objective!r}, got {check.shown(margin)}; {why}")
     check.positive_number("temperature", temperature)
     check.positive_number("strength", strength)
+    if strength != 1.0 and objective not in MODIFIABLE:
+        raise ValueError(
+            f"strength: expected 1.0 with {objective!r}, got {check.shown(strength)}; only {', '.join(MODIFIABLE)} have one"
+        )
     if objective == "custom":
         _check_parts(dissipation, weight, ratio)
     else:
         for part, value in (("dissipation", dissipation), ("weight", weight)):
-            if value != "softmax":
-                raise ValueError(f"{part}: expected the default with {objective!r}; only 'custom' has its own")
+            if not isinstance(value, str) or value != "softmax":
+                raise ValueError(
+                    f"{part}: expected the default with {objective!r}, got {check.describe(value)}; "
+                    "only 'custom' has its own"
+                )
         check.real_number("ratio", ratio)
-    if ratio != 1.0 and objective != "custom" and "r" not in modified:
-        raise ValueError(f"ratio: expected 1.0 without 'custom' or the modification 'r', got {ratio!r}")
+        if ratio != 1.0 and "r" not in modified:
+            raise ValueError(f"ratio: expected 1.0 without 'custom' or the modification 'r', got {check.shown(ratio)}")
     chosen = tuple(name for name in ("gd", "w", "r") if name in modified)
     return Settings(objective, chosen, float(margin), float(temperature), float(strength), dissipation, weight, ratio)
+
+
+def _has_margin(objective: Objective, modified: Collection[Modification]) -> bool:
+    return "gd" in modified if objective in MODIFIABLE else objective not in ("info_nce", "custom")
 
 
 def _check_parts(dissipation: Dissipation, weight: Weight, ratio: Ratio) -> None:
@@ -175,7 +193,7 @@ def _check_parts(dissipation: Dissipation, weight: Weight, ratio: Ratio) -> None
     elif dissipation is not None and not callable(dissipation):
         check.real_number("dissipation", dissipation)
     if isinstance(weight, (tuple, list)):
-        if len(weight) != 2 or weight[0] not in PARAMETRIC_WEIGHTS:
+        if len(weight) != 2 or not isinstance(weight[0], str) or weight[0] not in PARAMETRIC_WEIGHTS:
             raise ValueError(f"weight: expected ('power', p), got {check.describe(weight)}")
         check.real_number("weight", weight[1])
     elif not callable(weight):

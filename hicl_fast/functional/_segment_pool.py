@@ -25,7 +25,8 @@ def segment_pool(
         offsets: (B + 1,) int64 on the segments' device: starts at 0, rises, ends at S. Values are checked where they
             are in host memory; a GPU is not waited for.
         weights: (S,) for example the number of tokens of each segment, integer or floating point; gets a gradient if
-            it asks for one. Default: all ones. A sequence whose weights sum to zero gets a zero row.
+            it asks for one. Finite and not negative, which is checked in host memory. Default: all ones. A sequence
+            whose weights sum to zero gets a zero row.
         backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
@@ -50,5 +51,7 @@ def segment_pool(
             raise ValueError(
                 f"weights: expected shape ({segments.shape[0]},), one for each segment, got {check.describe(weights)}"
             )
+        if weights.dtype.is_complex:
+            raise TypeError(f"weights: expected integers or floating point, got {check.describe(weights)}")
         check.same_device("weights", weights, segments)
     return op.apply(segments, offsets, weights, backend)

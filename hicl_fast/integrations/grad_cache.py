@@ -42,9 +42,8 @@ class FusedContrastiveLoss(nn.Module):
     def __init__(self, temperature: float = 0.05, *, gather: bool = False, backend: str = "auto") -> None:
         super().__init__()
         check.positive_number("temperature", temperature)
-        check.one_of("backend", backend, ("auto", *registry.NAMES))
-        if not isinstance(gather, bool):
-            raise TypeError(f"gather: expected True or False, got {check.describe(gather)}")
+        check.flag("gather", gather)
+        registry.check_name(backend)
         self.temperature, self.gather, self.backend = temperature, gather, backend
 
     def forward(

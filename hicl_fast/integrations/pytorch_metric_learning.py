@@ -1,4 +1,4 @@
-"""pytorch-metric-learning's NTXentLoss and SupConLoss without their N×M matrices, and CrossBatchMemory for them.
+"""pytorch-metric-learning's NTXentLoss and SupConLoss without their N×M matrices, and its wrappers for them.
 
 The classes are subclasses of the originals and bear their names, since wrappers such as ``SelfSupervisedLoss`` go by a
 loss's name. Fused are calls with labels and a cosine or dot-product similarity; reducers, regularisers and wrappers work
@@ -19,7 +19,9 @@ from torch import Tensor
 from hicl_fast import _checks as check
 from hicl_fast import functional as HF
 from hicl_fast._checks import FLOATING
+from hicl_fast.distributed import Ranks, gather_labels, ranks_of
 from hicl_fast.integrations._requires import missing
+from hicl_fast.integrations.gathering import Joined, join, refuse_unequal
 from hicl_fast.integrations.similarity import (
     Similarity,
     as_cosines,
@@ -34,11 +36,12 @@ from hicl_fast.ops.problem import sum_type
 try:
     from pytorch_metric_learning import distances
     from pytorch_metric_learning import losses as original
+    from pytorch_metric_learning.utils import distributed as original_distributed
     from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 except ImportError as error:
     raise missing("pytorch_metric_learning", "pytorch-metric-learning>=2") from error
 
-__all__ = ["CrossBatchMemory", "NTXentLoss", "SupConLoss"]
+__all__ = ["CrossBatchMemory", "DistributedLossWrapper", "NTXentLoss", "SupConLoss"]
 
 
 class AllPairs(NamedTuple):
@@ -122,6 +125,73 @@ class CrossBatchMemory(original.CrossBatchMemory):
         if self.miner is None and given is None and isinstance(self.loss, (NTXentLoss, SupConLoss)):
             return AllPairs(self.curr_batch_idx if remove_self else None)
         return super().create_indices_tuple(embeddings, labels, E_mem, L_mem, given, remove_self)
+
+
+class DistributedLossWrapper(original_distributed.DistributedLossWrapper):
+    """:class:`pytorch_metric_learning.utils.distributed.DistributedLossWrapper`, whose arguments it takes.
+
+    Processes may have different numbers of rows: each computes the joined batch's loss, times their number, with gradients
+    for its own rows. With ``efficient=True`` they may not, and unequal ones are refused on all of them.
+    """
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Any = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        enqueue_mask: Tensor | None = None,
+    ) -> Any:
+        arguments = (embeddings, labels, indices_tuple, ref_emb, ref_labels, enqueue_mask)
+        ranks = ranks_of()
+        if ranks.size == 1:
+            return super().forward(*arguments)
+        joined = self._join(embeddings, labels, ref_emb, ref_labels, enqueue_mask, ranks)
+        if self.efficient:
+            refuse_unequal(joined, "efficient", "pytorch-metric-learning")
+            return super().forward(*arguments)
+        rows, labels = _own_first(joined, "embeddings", embeddings), _own_first(joined, "embeddings", labels)
+        if isinstance(self.loss, original.CrossBatchMemory):
+            if ref_emb is not None or ref_labels is not None:
+                raise ValueError("ref_emb: expected None with CrossBatchMemory, which has references of its own")
+            enqueue_mask = _own_first(joined, "embeddings", enqueue_mask)
+            return self.loss(rows, labels, indices_tuple, enqueue_mask) * ranks.size
+        references, ref_labels = _own_first(joined, "ref_emb", ref_emb), _own_first(joined, "ref_emb", ref_labels)
+        return self.loss(rows, labels, indices_tuple, references, ref_labels) * ranks.size
+
+    def _join(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        ref_emb: Tensor | None,
+        ref_labels: Tensor | None,
+        enqueue_mask: Tensor | None,
+        ranks: Ranks,
+    ) -> Joined:
+        matrices = {"embeddings": embeddings, "ref_emb": ref_emb}
+        vectors = {"labels": labels, "enqueue_mask": enqueue_mask, "ref_labels": ref_labels}
+        rows = {name: len(value) for name, value in matrices.items() if value is not None}
+        types = {name: None if value is None else value.dtype for name, value in {**matrices, **vectors}.items()}
+        failure = None
+        for name, value in vectors.items():
+            expected = rows.get("ref_emb" if name == "ref_labels" else "embeddings", 0)
+            if value is not None and value.shape[:1] != (expected,):
+                failure = ValueError(f"{name}: expected {expected} of them, got {check.describe(value)}")
+        return join(ranks, rows, {"loss": type(self.loss).__name__, "efficient": self.efficient, **types}, failure)
+
+
+def _own_first(joined: Joined, name: str, own: Any) -> Any:  # a tensor (N, ...) or None
+    """All processes' rows or labels, this one's before the others', as the original's wrappers for miners have them."""
+    if own is None:
+        return None
+    if own.is_floating_point():
+        every = joined.own_rows(name, own)
+    else:
+        every = gather_labels(own.long(), joined.shares[name], joined.ranks).to(own.dtype)
+    first = joined.first(name)
+    before, own, after = every.tensor_split([first, first + len(own)])
+    return torch.cat([own, before, after])
 
 
 def _check_temperature(temperature: float | Tensor) -> None:

@@ -29,8 +29,8 @@ class FusedHiCLLoss(nn.Module):
 
     Args:
         temperature: τ > 0 of both losses.
-        local_weight: α.
-        global_weight: β; default 1 − α.
+        local_weight: α ≥ 0; without ``global_weight`` at most 1.
+        global_weight: β ≥ 0; default 1 − α. One of the two is above 0.
         same_sequence: what segments of the row's own sequence are in the local loss: ``"exclude"`` (the paper's
             choice), ``"negative"`` or ``"positive"``.
         pooling: ``"length"`` weights a segment by its tokens, ``"mean"`` weights all alike.
@@ -73,8 +73,7 @@ class FusedHiCLLoss(nn.Module):
     ) -> None:
         super().__init__()
         check.one_of("same_sequence", same_sequence, ("exclude", "negative", "positive"))
-        self.local_weight = local_weight
-        self.global_weight = 1.0 - local_weight if global_weight is None else global_weight
+        self.local_weight, self.global_weight = _weights(local_weight, global_weight)
         self.temperature, self.same_sequence = temperature, same_sequence
         self.precision, self.backend = precision, backend
         self.pool = SegmentPooling(pooling, backend=backend)
@@ -123,6 +122,13 @@ class FusedHiCLLoss(nn.Module):
             A scalar, float32 (float64 where an input is float64).
         """
         if offsets is None:
+            if (
+                sequence_group is not None and not self.gather
+            ):  # all ranks have to hear of it, and do in the global loss
+                check.floating_matrix("segments", segments, "(S, D)")
+                check.index_vector(
+                    "sequence_group", sequence_group, len(segments), "a group for each sequence", segments
+                )
             loss = self.global_loss(segments, segments_positive, query_group=sequence_group, key_group=sequence_group)
             self._parts = {}
             return loss
@@ -220,6 +226,22 @@ class FusedHiCLLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"local_weight={self.local_weight}, global_weight={self.global_weight}, same_sequence={self.same_sequence!r}"
+
+
+def _weights(local: float, global_: float | None) -> tuple[float, float]:
+    """α and β. A negative one would drive apart what belongs together, and without either there is nothing to learn."""
+    check.non_negative_number("local_weight", local)
+    if global_ is None:
+        if local > 1.0:
+            raise ValueError(
+                f"local_weight: expected at most 1 where global_weight, by default 1 - local_weight, is not given, "
+                f"got {check.shown(local)}"
+            )
+        return local, 1.0 - local
+    check.non_negative_number("global_weight", global_)
+    if local == global_ == 0.0:
+        raise ValueError("global_weight: expected a number above 0 where local_weight is 0, got 0")
+    return local, global_
 
 
 def sequence_index(offsets: Tensor, num_segments: int) -> Tensor:  # (B + 1,) -> (S,)

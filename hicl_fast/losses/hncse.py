@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from hicl_fast import _checks as check
 from hicl_fast import functional as HF
+from hicl_fast.backend import registry
+from hicl_fast.functional._arguments import MOST_NEGATIVES, check_positive_mixing_options
 from hicl_fast.losses.queue import NegativeQueue
 from hicl_fast.losses.state import Stateful
 from hicl_fast.ops.positive_mixing import Weights
@@ -101,12 +103,14 @@ class HardNegativeMixing(Stateful):
     ) -> None:
         super().__init__()
         check.one_of("bank", bank, ("batch", "previous"))
-        if k != "auto" and (isinstance(k, bool) or not isinstance(k, int) or k < 2):
-            raise ValueError(f"k: expected 'auto' or at least 2 negatives, of which two are mixed, got {k!r}")
-        if isinstance(num_mixed, bool) or not isinstance(num_mixed, int) or num_mixed < 1:
-            raise ValueError(f"num_mixed: expected at least 1 mixture a row, got {num_mixed!r}")
-        if not 0.0 <= alpha <= 1.0:
-            raise ValueError(f"alpha: expected 0 to 1, got {alpha!r}")
+        _check_k(k)
+        check.whole_number("num_mixed", num_mixed, 1)
+        check.share("alpha", alpha)
+        check.whole_number("queue_size", queue_size, 2)  # two are mixed
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise TypeError(f"seed: expected a whole number or None, got {check.describe(seed)}")
+        registry.check_name(backend)
+        check.flag("require_k", require_k)
         if require_k and bank == "previous":
             raise ValueError('require_k: expected False with bank="previous", which fills up as batches come')
         self.k, self.num_mixed, self.alpha, self.bank, self.backend = k, num_mixed, alpha, bank, backend
@@ -190,12 +194,12 @@ class HardNegativeMixing(Stateful):
     def _say_fewer(self, k: int, fewest: int) -> None:
         if not self._has_said_fewer:
             self._has_said_fewer = True
-            mixed = f"these {fewest} are mixed" if fewest > 1 else "nothing is mixed"
+            done = f"{fewest} of each row's are mixed" if fewest > 1 else "nothing is mixed"
             logger.warning(
-                "hard-negative mixing: a batch whose rows have only %d negatives, k = %d: %s (said once)",
+                "hard-negative mixing: in this batch a row has %d negatives, fewer than k = %d: %s (said once)",
                 fewest,
                 k,
-                mixed,
+                done,
             )
 
     @torch.compiler.disable
@@ -233,6 +237,8 @@ class PositiveMixing(nn.Module):
 
     def __init__(self, threshold: float = 0.1, weights: Weights = (1.0, 0.1), *, backend: str = "auto") -> None:
         super().__init__()
+        check_positive_mixing_options(threshold, weights)
+        registry.check_name(backend)
         self.threshold, self.weights, self.backend = threshold, weights, backend
         self.hardest = None
 
@@ -262,6 +268,16 @@ class PositiveMixing(nn.Module):
 
     def extra_repr(self) -> str:
         return f"threshold={self.threshold}, weights={self.weights}"
+
+
+def _check_k(k: object) -> None:
+    if isinstance(k, str) and k == "auto":
+        return
+    if isinstance(k, bool) or not isinstance(k, int) or not 2 <= k <= MOST_NEGATIVES:
+        raise ValueError(
+            f"k: expected 'auto' or at least 2 negatives, of which two are mixed, and at most {MOST_NEGATIVES}, "
+            f"got {check.describe(k)}"
+        )
 
 
 def fewest_candidates(query: Tensor, key: Tensor, groups: Groups | None, first: int = 0) -> int:

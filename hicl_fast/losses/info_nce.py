@@ -13,6 +13,7 @@ from hicl_fast import functional as HF
 from hicl_fast.distributed import Gather, Ranks, Shares, agree, attempt, check_gather, joined_means, ranks_of
 from hicl_fast.distributed.gathering import describe_rows, gather_rows
 from hicl_fast.distributed.info_nce import Part, joined_info_nce, mean_or_none, of_rows_with_negatives
+from hicl_fast.functional._arguments import check_info_nce_options
 from hicl_fast.losses import hncse
 from hicl_fast.losses.hncse import Groups, HardNegativeMixing, Mixtures, PositiveMixing
 from hicl_fast.losses.queue import NegativeQueue
@@ -108,6 +109,19 @@ class FusedInfoNCELoss(nn.Module):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
+        check.flag("learnable_temperature", learnable_temperature)
+        check_info_nce_options(
+            hard_negative_weight=hard_negative_weight,
+            same_group=same_group,
+            margin=margin,
+            symmetric=symmetric,
+            reduction=reduction,
+            precision=precision,
+            backend=backend,
+        )
+        check.whole_number("queue_size", queue_size, 0)
+        check.instance("hard_negative_mixing", hard_negative_mixing, HardNegativeMixing)
+        check.instance("positive_mixing", positive_mixing, PositiveMixing)
         for name, mixing in (("hard_negative_mixing", hard_negative_mixing), ("positive_mixing", positive_mixing)):
             if symmetric and mixing is not None:
                 raise ValueError(f"{name}: expected None with symmetric=True, since a mixture has one direction")
@@ -153,6 +167,8 @@ class FusedInfoNCELoss(nn.Module):
         """
         if self.gather and (ranks := ranks_of(self.process_group)).size > 1:
             return self._forward_joined(query, key, negatives, query_group, key_group, ranks)
+        if self.hard_negative_mixing is not None or self.positive_mixing is not None:
+            _check_shares(query, key, negatives, query_group, key_group)  # mixing comes before info_nce's own checks
         temperature = self.temperature()
         groups = self._groups(query_group, key_group)
         if self.positive_mixing is not None:
@@ -329,10 +345,9 @@ def _check_shares(
     check.floating_matrix("query", query, "(N, D)")
     if query.numel() == 0:
         raise ValueError(f"query: expected at least one row and one dimension, got {check.describe(query)}")
-    for name, value, shape in (("key", key, "(M, D)"), ("negatives", negatives, "(P, D)")):
-        if value is not None:
-            check.floating_matrix(name, value, shape, like=query)
-            check.row_length(name, value, query.shape[1])
+    check.rows_like("key", key, "(M, D)", query)
+    if negatives is not None:
+        check.rows_like("negatives", negatives, "(P, D)", query)
     if len(key) < len(query):
         raise ValueError(f"key: expected at least {len(query)} rows, one for each query, got {check.describe(key)}")
     if (query_group is None) != (key_group is None):

@@ -9,11 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hicl_fast import _checks as check
 from hicl_fast import functional as HF
 from hicl_fast.analysis.terms import gradient_terms
+from hicl_fast.backend import registry
 from hicl_fast.distributed import Ranks, Shares, agree, attempt, gather_rows, ranks_of, share_rows
 from hicl_fast.distributed.gathering import describe_rows
 from hicl_fast.distributed.info_nce import Part, joined_info_nce, joined_means
+from hicl_fast.distributed.ranks import check_process_group
 from hicl_fast.losses.info_nce import mean_of_rows, without_missing
 from hicl_fast.reference.paradigm import Dissipation, Modification, Objective, Ratio, Weight
 
@@ -79,8 +82,13 @@ class GradientParadigmLoss(nn.Module):
         self.temperature, self.strength = temperature, strength
         self.dissipation, self.weight, self.ratio, self.backend = dissipation, weight, ratio, backend
         self.log_gradient_terms = log_gradient_terms
+        check.flag("log_gradient_terms", log_gradient_terms)
+        registry.check_name(backend)
         if not isinstance(gather, bool):
-            raise ValueError(f"gather: expected True or False, since most objectives look at all rows, got {gather!r}")
+            raise ValueError(
+                f"gather: expected True or False, since most objectives look at all rows, got {check.describe(gather)}"
+            )
+        check_process_group(process_group)
         self.gather, self.process_group = gather or process_group is not None, process_group
         self._rows: tuple[Tensor, Tensor, Tensor] | None = None
         self._joined: dict[str, Tensor] = {}

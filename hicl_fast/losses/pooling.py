@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hicl_fast import _checks as check
 from hicl_fast import functional as HF
+from hicl_fast.backend import registry
 
 Pooling = Literal["length", "mean"]
 
@@ -25,6 +26,7 @@ class SegmentPooling(nn.Module):
     def __init__(self, pooling: Pooling = "length", *, backend: str = "auto") -> None:
         super().__init__()
         check.one_of("pooling", pooling, ("length", "mean"))
+        registry.check_name(backend)
         self.pooling, self.backend = pooling, backend
 
     def forward(self, segments: Tensor, offsets: Tensor, lengths: Tensor | None = None) -> Tensor:

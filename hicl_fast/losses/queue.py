@@ -37,8 +37,7 @@ class NegativeQueue(Stateful):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"size: expected a whole number of rows, at least 1, got {check.describe(size)}")
+        check.whole_number("size", size, 1)
         self.size = size
         self.storage, self.group = torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
         self.pushed = 0

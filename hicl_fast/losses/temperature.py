@@ -19,7 +19,7 @@ class Temperature(nn.Module):
     largest 1/τ is ``max_logit_scale``, or the first value's where that is larger. As in CLIP the parameter itself is held
     there, after each step of whatever optimizer: here when it is next used in training, so that neither momentum nor a
     long stay at the bound keeps it from coming back. Where it can't be held (in evaluation, in a checkpoint that has been
-    loaded, as a shard of FSDP's) τ is that of the bound all the same, with the gradient that it has there.
+    loaded, given by functional_call) τ is that of the bound all the same, with the gradient that it has there.
 
     Args:
         initial: τ > 0; where it is learned, its first value.

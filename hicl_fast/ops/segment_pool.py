@@ -28,10 +28,12 @@ def apply(segments: Tensor, offsets: Tensor, weights: Tensor | None, backend: st
     return _SegmentPool.apply(segments, offsets, weights, backend)
 
 
-def _check_values(segments: Tensor, offsets: Tensor) -> None:
+def _check_values(segments: Tensor, offsets: Tensor, weights: Tensor | None) -> None:
     """Offsets in host memory must cut the rows into non-empty sequences; a device is never waited for."""
     if offsets.device.type != "cpu":
         return
+    if weights is not None:
+        _check_weights(weights)
     first, last, num_segments = int(offsets[0]), int(offsets[-1]), segments.shape[0]
     if first != 0:
         raise ValueError(f"offsets: expected to start at 0, got {first}")
@@ -43,12 +45,19 @@ def _check_values(segments: Tensor, offsets: Tensor) -> None:
         begin, end = int(offsets[at]), int(offsets[at + 1])
         what = "is empty" if begin == end else "falls"
         raise ValueError(
-            f"offsets: expected at least one segment in every sequence; sequence {at} {what}: {begin}:{end}"
+            f"offsets: expected at least one segment in every sequence; sequence {at} {what}: got {begin}:{end}"
         )
 
 
+def _check_weights(weights: Tensor) -> None:
+    """A mean has no negative weights: with them the sum that it divides by can be anything, zero included."""
+    low, high = (float(bound) for bound in torch.aminmax(weights.detach()))
+    if not 0.0 <= low <= high < torch.inf:  # NaN is both bounds
+        raise ValueError(f"weights: expected finite numbers of at least 0, got values from {low:g} to {high:g}")
+
+
 def _run(segments: Tensor, offsets: Tensor, weights: Tensor | None, backend: str) -> Tensor:
-    _check_values(segments, offsets)
+    _check_values(segments, offsets, weights)
     with without_autocast(segments.device.type):
         return registry.implementation("segment_pool", backend).forward(segments, offsets, weights)
 

@@ -22,18 +22,21 @@ def hicl_loss(
     global_weight: float | None = None,
     same_sequence: SameGroup = "exclude",
     pooling: str = "length",
+    sequence_group: Tensor | None = None,  # (B,) int64
     global_loss: Callable[..., Tensor] = info_nce,
 ) -> Tensor:
     """``local_weight · InfoNCE(segments) + global_weight · InfoNCE(pooled sequences)``; see :class:`hicl_fast.FusedHiCLLoss`.
 
     ``global_loss`` may mix hard negatives into the InfoNCE of sequences.
     """
+    groups = {} if sequence_group is None else {"query_group": sequence_group, "key_group": sequence_group}
     if offsets is None:
-        return global_loss(segments, segments_positive, temperature=temperature)
+        return global_loss(segments, segments_positive, temperature=temperature, **groups)
     if global_weight is None:
         global_weight = 1.0 - local_weight
     weights = lengths if pooling == "length" else None
-    sequence = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
+    sequence = torch.arange(len(offsets) - 1, device=offsets.device) if sequence_group is None else sequence_group
+    sequence = torch.repeat_interleave(sequence, offsets.diff())
     local_loss = info_nce(
         segments,
         segments_positive,
@@ -46,5 +49,6 @@ def hicl_loss(
         segment_pool(segments, offsets, weights),
         segment_pool(segments_positive, offsets, weights),
         temperature=temperature,
+        **groups,
     )
     return local_weight * local_loss + global_weight * between_sequences

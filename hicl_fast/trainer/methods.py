@@ -24,6 +24,7 @@ class Views(NamedTuple):
     negative: Tensor | None  # (P, D), each hard negative's column after the other; P = S where there is one
     offsets: Tensor  # (B + 1,) int64
     lengths: Tensor  # (S,) int64, tokens of each segment
+    groups: Tensor | None = None  # (B,) int64, the same for documents of the same text
 
 
 class Method(Protocol):
@@ -32,6 +33,7 @@ class Method(Protocol):
     segmented: ClassVar[bool]  # cut documents into segments?
     most_columns: ClassVar[int | None]  # of the text: 1 sentence, 2 and positive, None and any number of hard negatives
     max_seq_length: ClassVar[int]  # default of the argument
+    options: ClassVar[frozenset[str]]  # which of the options that not all methods have: groups in arguments.py
     fused: Any  # the loss module: ``last`` holds scalars for the log, ``state_dict`` what a checkpoint must keep
 
     def __init__(self, args: MethodArguments, seed: int = 0) -> None:
@@ -53,6 +55,7 @@ class SimCSE:
     segmented: ClassVar[bool] = False
     most_columns: ClassVar[int | None] = None
     max_seq_length: ClassVar[int] = 32
+    options: ClassVar[frozenset[str]] = frozenset({"pairs"})
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes()
 
     def __init__(self, args: MethodArguments, seed: int = 0) -> None:
@@ -66,7 +69,9 @@ class SimCSE:
         )
 
     def loss(self, views: Views) -> Tensor:
-        return self.fused(views.anchor, views.positive, views.negative)
+        return self.fused(
+            views.anchor, views.positive, views.negative, query_group=views.groups, key_group=views.groups
+        )
 
     def reference(self, views: Views) -> Tensor:
         return mixing.reference_info_nce(
@@ -76,24 +81,29 @@ class SimCSE:
             temperature=self.temperature,
             negatives=views.negative,
             hard_negative_weight=self.hard_negative_weight,
+            query_group=views.groups,
+            key_group=views.groups,
         )
 
 
 class HNCSENegatives(SimCSE):
     """SimCSE with mixtures of hard negatives."""
 
+    options: ClassVar[frozenset[str]] = SimCSE.options | {"mixed negatives"}
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes(negatives=True)
 
 
 class HNCSEPositives(SimCSE):
     """SimCSE with positives mixed with hard negatives."""
 
+    options: ClassVar[frozenset[str]] = SimCSE.options | {"mixed positives"}
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes(positives=True)
 
 
 class HNCSE(SimCSE):
     """Both."""
 
+    options: ClassVar[frozenset[str]] = HNCSENegatives.options | HNCSEPositives.options
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes(negatives=True, positives=True)
 
 
@@ -103,6 +113,7 @@ class HiCL:
     segmented: ClassVar[bool] = True
     most_columns: ClassVar[int | None] = 1  # a pair's segments don't match
     max_seq_length: ClassVar[int] = 512
+    options: ClassVar[frozenset[str]] = frozenset({"segments"})
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes()
 
     def __init__(self, args: MethodArguments, seed: int = 0) -> None:
@@ -121,7 +132,7 @@ class HiCL:
         )
 
     def loss(self, views: Views) -> Tensor:
-        return self.fused(views.anchor, views.positive, views.offsets, views.lengths)
+        return self.fused(views.anchor, views.positive, views.offsets, views.lengths, sequence_group=views.groups)
 
     def reference(self, views: Views) -> Tensor:
         global_loss = functools.partial(mixing.reference_info_nce, self.fused.global_loss)
@@ -131,6 +142,7 @@ class HiCL:
             views.offsets,
             views.lengths,
             **self.settings,  # type: ignore[arg-type]
+            sequence_group=views.groups,
             global_loss=global_loss,
         )
 
@@ -138,6 +150,7 @@ class HiCL:
 class HiCLHNCSE(HiCL):
     """HiCL with both of HNCSE's mixings in the global loss."""
 
+    options: ClassVar[frozenset[str]] = HiCL.options | {"mixed negatives", "mixed positives"}
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes(negatives=True, positives=True)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from hicl_fast import FusedInfoNCELoss, HardNegativeMixing, PositiveMixing, reference
+from hicl_fast import _checks as check
 from hicl_fast.ops.positive_mixing import Weights
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def modules(mixes: Mixes, args: MethodArguments, seed: int) -> dict[str, Any]:
             args.mixing_alpha,
             bank=args.bank,  # type: ignore[arg-type]
             queue_size=args.queue_size,
+            require_k=args.require_hard_negatives,
             seed=seed,
             backend=args.backend,
         )
@@ -69,5 +71,9 @@ def _weights(text: str) -> Weights:
     try:
         first, second = (float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"positive_weights: expected two numbers, as 1.0,0.1, or search, got {text!r}") from None
+        raise ValueError(
+            f"positive_weights: expected two numbers, as 1.0,0.1, or search, got {check.shown(text)}"
+        ) from None
+    for weight in (first, second):
+        check.real_number("positive_weights", weight)
     return first, second

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -36,7 +39,8 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     Raises ValueError for a tokenizer without a fast (Rust) version or without a padding token.
     """
     subfolder = folder_modules.transformer_folder(folder_modules.read_modules(name_or_path))
-    tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), subfolder=subfolder, trust_remote_code=False)
+    with _opened(name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), subfolder=subfolder, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ValueError(f"model_name_or_path: expected a model with a fast tokenizer, got {type(tokenizer).__name__}")
     if tokenizer.pad_token is None:
@@ -151,6 +155,16 @@ def write_sentence_transformers_files(
     return bool(files)
 
 
+@contextmanager
+def _opened(name_or_path: str | Path) -> Iterator[None]:
+    """Names the argument where there is no such model, a file is cut short or weights have other shapes."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"model_name_or_path: expected a model to open, got {name_or_path}: {reason}") from error
+
+
 def _open_quietly(
     name_or_path: str | Path, config: PretrainedConfig, subfolder: str
 ) -> tuple[PreTrainedModel, set[str]]:
@@ -164,13 +178,14 @@ def _open_quietly(
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        encoder, info = (AutoModelForTextEncoding if has_encoder else AutoModel).from_pretrained(
-            str(name_or_path),
-            subfolder=subfolder,
-            output_loading_info=True,
-            dtype=torch.float32,
-            trust_remote_code=False,
-        )
+        with _opened(name_or_path):
+            encoder, info = (AutoModelForTextEncoding if has_encoder else AutoModel).from_pretrained(
+                str(name_or_path),
+                subfolder=subfolder,
+                output_loading_info=True,
+                dtype=torch.float32,
+                trust_remote_code=False,
+            )
     finally:
         transformers_logging.set_verbosity(level)
     return encoder, set(info["missing_keys"])

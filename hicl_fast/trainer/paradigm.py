@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -22,17 +23,21 @@ class GradientParadigm:
     segmented: ClassVar[bool] = False
     most_columns: ClassVar[int | None] = 2
     max_seq_length: ClassVar[int] = 32
+    options: ClassVar[frozenset[str]] = frozenset({"paradigm"})
 
     def __init__(self, args: MethodArguments, seed: int = 0) -> None:
         if args.gather == "ring":
             raise ValueError("gather: expected none or all with --method paradigm, got 'ring'")
         self.settings = settings_of(args)
-        self.fused = GradientParadigmLoss(
-            **self.settings,
-            log_gradient_terms=args.log_gradient_terms,
-            backend=args.backend,
-            gather=args.gather == "all",
-        )
+        try:
+            self.fused = GradientParadigmLoss(
+                **self.settings,
+                log_gradient_terms=args.log_gradient_terms,
+                backend=args.backend,
+                gather=args.gather == "all",
+            )
+        except (ValueError, TypeError) as error:
+            raise ValueError(re.sub("^margin:", "paradigm_margin:", str(error))) from None
 
     def loss(self, views: Views) -> Tensor:
         return self.fused(views.anchor, views.positive)
@@ -54,11 +59,10 @@ def settings_of(args: MethodArguments) -> dict[str, Any]:
         "temperature": args.temp,
         "strength": args.strength,
         "ratio": ratio,
+        "dissipation": None if args.dissipation == "none" else _number_or_name(args.dissipation),
     }
-    if args.objective == "custom":
-        kind, _, power = args.weight.partition(":")
-        settings["weight"] = (kind, _number_or_name(power)) if power else kind
-        settings["dissipation"] = None if args.dissipation == "none" else _number_or_name(args.dissipation)
+    kind, _, power = args.weight.partition(":")
+    settings["weight"] = (kind, _number_or_name(power)) if power else kind
     return settings
 
 

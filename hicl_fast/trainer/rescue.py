@@ -19,6 +19,7 @@ import numpy as np
 from transformers import TrainerCallback
 
 from hicl_fast.trainer.checkpoints import UNFINISHED, missing_from
+from hicl_fast.trainer.checks import Diverged
 from hicl_fast.trainer.gradient_cache import RandomState, random_devices
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ class LastStep(TrainerCallback):
             logger.warning(
                 "%s: in the middle of an update, where the model is between two steps; it is not saved", what
             )
+        elif isinstance(why, Diverged):
+            logger.warning("%s: nothing is saved, since its steps led here; checkpoints from before them stay", what)
         elif trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             logger.warning("%s: nothing is saved, since all processes together have to save a sharded model", what)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 import torch
@@ -53,18 +54,30 @@ class ViewCollator:
         tokenizer: a fast tokenizer with a padding token.
         segment_length: tokens of a segment, special ones included.
         max_segments: segments kept of a document.
+        with_groups: whether batches say which rows have the same text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, segment_length: int, max_segments: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, segment_length: int, max_segments: int, with_groups: bool = False
+    ) -> None:
         self.tokenizer, self.segment_length, self.max_segments = tokenizer, segment_length, max_segments
+        self.with_groups = with_groups
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask`` (V·S, T); ``offsets`` (B + 1,) of one view."""
+        """``input_ids`` and ``attention_mask`` (V·S, T); ``offsets`` (B + 1,) of one view; perhaps ``groups`` (B,)."""
         documents = [document for column in zip(*rows, strict=True) for document in column]
         segments = slice_documents(self.tokenizer, documents, self.segment_length, self.max_segments)
         repeats = 2 if len(rows[0]) == 1 else 1
-        return {
+        batch = {
             "input_ids": segments.input_ids.repeat(repeats, 1),
             "attention_mask": segments.attention_mask.repeat(repeats, 1),
             "offsets": segments.offsets[: len(rows) + 1],
         }
+        if self.with_groups:
+            batch["groups"] = torch.tensor([group_of(row[0]) for row in rows])
+        return batch
+
+
+def group_of(text: str) -> int:
+    """A text's number, the same in every process and every run: 64 bits of its hash."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

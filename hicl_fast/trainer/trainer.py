@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hicl_fast.evaluation import Task, score_task
-from hicl_fast.trainer.checks import check_loss
+from hicl_fast.trainer.checks import check_finite, check_loss
 from hicl_fast.trainer.encoder import SentenceEncoder
 from hicl_fast.trainer.gradient_cache import embed_in_chunks
 from hicl_fast.trainer.methods import Method, Views
@@ -52,6 +52,7 @@ class ContrastiveTrainer(Trainer):
         setattr(self.model.config, POOLING_KEY, saved_pooler_type)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch: accumulation has to average it
         self._last_checked = -1
+        self._embeddings: Tensor  # (V·S, D) of the last batch
         self.last_step = LastStep(self)
         self.add_callback(self.last_step)
 
@@ -75,12 +76,25 @@ class ContrastiveTrainer(Trainer):
         def views(rows: Tensor) -> Views:
             size = len(lengths)
             negative = rows[2 * size :] if self.num_views > 2 else None
-            return Views(rows[:size], rows[size : 2 * size], negative, inputs["offsets"], lengths)
+            return Views(rows[:size], rows[size : 2 * size], negative, inputs["offsets"], lengths, inputs.get("groups"))
 
         loss = self.method.loss(views(embeddings))
+        self._embeddings = embeddings.detach()
         if self._check_is_due():
+            if not bool(embeddings.isfinite().all()):
+                self._check_finite(loss)  # there is nothing to compare
             check_loss(loss, embeddings, lambda rows: self.method.reference(views(rows)), self.state.global_step)
         return (loss, {"embeddings": embeddings}) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Ends the run where the loss isn't finite: after the backward pass, which on a GPU then isn't waited for twice."""
+        loss = super().training_step(*args, **kwargs)
+        self._check_finite(loss)
+        return loss
+
+    def _check_finite(self, loss: Tensor) -> None:
+        parameters = self.model.named_parameters()
+        check_finite(loss, self._embeddings, parameters, self.state.global_step, self.args.learning_rate)
 
     def _embed(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         def encode(rows: slice) -> Tensor:

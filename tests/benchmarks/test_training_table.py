@@ -37,7 +37,10 @@ def _write_with_folders(write: Any) -> Any:
 
 
 def arguments(tmp_path: Path) -> list[str]:
-    folders = ["--start", "s", "--data_dir", "d", "--train_file", "t", "--output_dir", str(tmp_path)]
+    (tmp_path / "data" / "STS").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "text").touch()
+    folders = ["--start", "s", "--data_dir", str(tmp_path / "data"), "--train_file", str(tmp_path / "text")]
+    folders += ["--output_dir", str(tmp_path)]
     return [*folders, "--methods", "simcse", "uniformity", "--seeds", "4", "7", "--", "--temp", "0.1"]
 
 

@@ -282,5 +282,5 @@ def test_what_a_ring_can_not_do() -> None:
         FusedInfoNCELoss(same_group="positive", gather="ring")
     with pytest.raises(ValueError, match="same_sequence: expected"):
         FusedHiCLLoss(same_sequence="positive", gather="ring")
-    with pytest.raises(ValueError, match="gather: expected one of 'ring', got 'rings'"):
+    with pytest.raises(ValueError, match="gather: expected one of False, True, 'ring', got 'rings'"):
         FusedInfoNCELoss(gather="rings")  # type: ignore[arg-type]

@@ -64,6 +64,7 @@ def train_on_rank(rank: int, size: int, options: dict[str, Any]) -> tuple[list[T
     [
         {"hnm": {"k": 3, "num_mixed": 5}},
         {"hnm": {"k": 2}, "groups": True},
+        {"hnm": {}},
         {"hnm": {"k": "auto"}, "pm": {}, "groups": True},
         {"pm": {"threshold": 0.5}},
         {"hnm": {"k": 3}, "pm": {"threshold": 0.5, "weights": (0.7, 0.4)}},

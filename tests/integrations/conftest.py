@@ -1,11 +1,14 @@
-"""A small random model that needs no network."""
+"""A small random model that needs no network, and how large tensors get."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.conftest import clusters as clusters
 
@@ -19,6 +22,18 @@ TEXTS = [
     "a small boat crosses the wide river slowly",
     "children sing in the old church",
 ]
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            self.elements = max(self.elements, x.numel() if isinstance(x, Tensor) else 0)
+        return out
 
 
 @pytest.fixture(scope="session")

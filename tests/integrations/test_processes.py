@@ -15,6 +15,8 @@ from hicl_fast.integrations import sentence_transformers as fused  # noqa: E402
 from hicl_fast.integrations.sentence_transformers import drop_ins  # noqa: E402
 from tests.distributed.cluster import Cluster, RankError  # noqa: E402
 
+pytestmark = pytest.mark.slow  # each process imports sentence-transformers
+
 SIZE = 3
 EQUAL, UNEQUAL = (3, 3, 3), (4, 1, 2)
 FOUR = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")

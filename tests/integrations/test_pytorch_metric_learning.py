@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from torch import Tensor
 pml = pytest.importorskip("pytorch_metric_learning")
 
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers  # noqa: E402
+from pytorch_metric_learning.utils import distributed  # noqa: E402
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu  # noqa: E402
 
 from hicl_fast.integrations import pytorch_metric_learning as fused  # noqa: E402
-from tests.integrations.test_sentence_transformers import Largest  # noqa: E402
+from tests.distributed.cluster import Cluster, RankError  # noqa: E402
+from tests.integrations.conftest import Largest  # noqa: E402
 
 NAMES = ["NTXentLoss", "SupConLoss"]
 DISTANCES: dict[str, Any] = {
@@ -279,3 +282,46 @@ def test_a_temperature_that_cannot_be() -> None:
             ValueError, match="temperature: expected a number or a tensor of one, got a tensor of shape"
         ):
             getattr(fused, name)(temperature=torch.ones(3))
+
+
+# --- many processes --------------------------------------------------------------------------------------------------
+
+WRAPPED: dict[str, Any] = {
+    "NTXentLoss": lambda module: module.NTXentLoss(0.3),
+    "SupConLoss": lambda module: module.SupConLoss(0.3),
+    "CrossBatchMemory": lambda module: module.CrossBatchMemory(module.NTXentLoss(0.3), 6, memory_size=20),
+}
+
+
+def wrapped_on_rank(
+    rank: int, size: int, name: str, counts: tuple[int, ...], fuse: bool, efficient: bool
+) -> list[Tensor]:
+    """Two steps of a wrapper, so that a memory has something in it."""
+    wrapper = fused.DistributedLossWrapper if fuse else distributed.DistributedLossWrapper
+    loss = wrapper(WRAPPED[name](fused if fuse else losses), efficient=efficient)
+    found = []
+    for seed in (0, 1):
+        found += evaluate(loss, [embeddings(seed=seed).split(counts)[rank]], LABELS.split(counts)[rank])
+    return found
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_equal_processes(clusters: Callable[[int], Cluster], name: str) -> None:
+    """Their memories are filled in another order on each, as the original's."""
+    for efficient in (False, True)[: 1 if name == "CrossBatchMemory" else 2]:
+        mine, theirs = (clusters(3).run(wrapped_on_rank, name, (3, 3, 3), fuse, efficient) for fuse in (True, False))
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_unequal_processes(clusters: Callable[[int], Cluster], name: str) -> None:
+    counts = (5, 1, 3)
+    loss = WRAPPED[name](losses)
+    ranks = clusters(3).run(wrapped_on_rank, name, counts, True, False)
+    for step in (0, 1):
+        value, gradient = evaluate(loss, [embeddings(seed=step)], LABELS)
+        torch.testing.assert_close(torch.cat([found[2 * step + 1] for found in ranks]) / 3, gradient)
+        for found in ranks:
+            torch.testing.assert_close(found[2 * step] / 3, value)
+    with pytest.raises(RankError, match="efficient: expected as many embeddings on every process.*got 5, 1, 3"):
+        clusters(3).run(wrapped_on_rank, "NTXentLoss", counts, True, True)

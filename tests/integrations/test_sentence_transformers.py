@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 st = pytest.importorskip("sentence_transformers")
 
 import hicl_fast  # noqa: E402
 from hicl_fast.integrations import sentence_transformers as fused  # noqa: E402
 from hicl_fast.integrations.sentence_transformers import drop_ins, gist, ranking  # noqa: E402
-from tests.integrations.conftest import TEXTS  # noqa: E402
+from tests.integrations.conftest import TEXTS, Largest  # noqa: E402
 
 losses = drop_ins.original
 util = st.util
@@ -201,18 +200,6 @@ def test_types(case: str, dtype: torch.dtype, autocast: bool) -> None:
         assert got.dtype == plain.dtype
         allowed = 2 * relative_error(plain, expected) + 4 * torch.finfo(got.dtype).eps
         assert relative_error(got, expected) <= allowed
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            self.elements = max(self.elements, x.numel() if isinstance(x, Tensor) else 0)
-        return out
 
 
 @pytest.mark.parametrize("hardness", [None, "all_negatives"])

@@ -183,6 +183,26 @@ def test_hicl_trains_on_two_dropouts(model: Any) -> None:
     model.zero_grad()
 
 
+class Wrapped(torch.nn.Module):
+    """As DistributedDataParallel, which the trainer puts in the model's place on the loss."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, features: dict[str, Any]) -> Any:
+        return self.module(features)
+
+
+def test_hicl_of_a_wrapped_model(model: Any) -> None:
+    model.eval()
+    loss = FusedHiCLLoss(model, segment_length=8)
+    with torch.no_grad():
+        expected = loss([features(model, DOCUMENTS)])
+        loss.model = Wrapped(model)
+        assert torch.equal(loss([features(model, DOCUMENTS)]), expected)
+
+
 def test_hicl_refuses_other_documents(model: Any) -> None:
     loss = FusedHiCLLoss(model, segment_length=8)
     with pytest.raises(ValueError, match="different numbers of segments"):

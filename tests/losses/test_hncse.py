@@ -154,13 +154,29 @@ def test_fewer_negatives_than_k(k: dict[str, Any], caplog: pytest.LogCaptureFixt
     assert_same(loss, query, key, query_group=group, key_group=group)
     assert loss.hard_negative_mixing.mixed.index.shape == (6, 3)
     assert [record.name for record in caplog.records] == ["hicl_fast"]
-    assert "only 5 negatives, k = 10: these 5 are mixed" in caplog.text
+    assert "a row has 5 negatives, fewer than k = 10: 5 of each row's are mixed" in caplog.text
 
 
 def test_fewer_negatives_than_k_where_k_is_required() -> None:
     loss = FusedInfoNCELoss(hard_negative_mixing=HardNegativeMixing(require_k=True))
     with pytest.raises(ValueError, match="k: expected at most 5, the negatives that every row has, got 10"):
         loss(*views(6))
+
+
+@pytest.mark.parametrize(
+    "mixing", [{"hard_negative_mixing": HardNegativeMixing()}, {"positive_mixing": PositiveMixing()}]
+)
+def test_what_is_wrong_with_a_batch_is_said_before_it_is_mixed(mixing: dict[str, Any]) -> None:
+    loss, (query, key), group = FusedInfoNCELoss(**mixing), views(6), torch.arange(6)
+    for arguments, options, message in (
+        ((query, key[:4]), {}, "key: expected at least 6 rows"),
+        ((query, key[:, :5]), {}, "key: expected rows of length 16"),
+        ((query, key), {"query_group": group, "key_group": group[:5]}, r"key_group: expected shape \(6,\)"),
+        ((query, key), {"query_group": group}, "key_group: expected an int64 tensor"),
+        ((query[:0], key), {}, "query: expected at least one row"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            loss(*arguments, **options)
 
 
 MIXINGS: dict[str, dict[str, Any]] = {

@@ -185,6 +185,8 @@ def test_sequences_of_one_group_are_not_contrasted_in_hicl() -> None:
     torch.testing.assert_close(loss_fn.last["local"], local)
     with pytest.raises(ValueError, match=r"sequence_group: expected shape \(4,\)"):
         loss_fn(segments, again, offsets, sequence_group=of_segments)
+    with pytest.raises(ValueError, match=r"sequence_group: expected shape \(8,\)"):
+        loss_fn(segments, again, sequence_group=ids)
 
 
 def test_a_resumed_queue_goes_on_with_the_same_groups() -> None:

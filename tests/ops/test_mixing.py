@@ -132,6 +132,27 @@ def test_short_long_and_zero_rows(backend: str, length: float) -> None:
     assert (index == 5).sum() == 7
 
 
+@pytest.mark.parametrize(("alpha", "order"), [(0.1, 1), (0.5, 11), (0.9, 11)])
+def test_keys_of_very_different_lengths(backend: str, alpha: float, order: int) -> None:
+    """Each key's gradient is right by its own measure: one of a short key, mixed with a long one, is the larger."""
+    inputs = draw(12, 12, 16)
+    inputs["key"] *= torch.logspace(-8, 8, 12, dtype=torch.float64)[torch.arange(12) * order % 12][:, None]
+    typed = {name: x.float() for name, x in inputs.items() if name != "temperature"}
+    mixing = HF.Mixing(11, HF.random_pairs(12, 40, 11, seed=1), alpha)
+    index = HF.info_nce_with_statistics(**typed, mixing=mixing, backend=backend).hard_negatives
+    temperature = torch.tensor(0.01, dtype=torch.float64)  # keys that get nothing but by way of their mixtures
+
+    def of_keys(loss: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+        leaves = {name: x.to(dtype) for name, x in typed.items()} | {"temperature": temperature}
+        return evaluate(loss, leaves, {})[2].double()
+
+    fused = of_keys(lambda **x: HF.info_nce(**x, mixing=mixing, backend=backend), torch.float32)
+    eager = of_keys(oracle(index, mixing), torch.float32)
+    exact = of_keys(oracle(index, mixing), torch.float64)
+    error, eager_error = ((x - exact).norm(dim=1) / exact.norm(dim=1) for x in (fused, eager))
+    assert error.max() <= 3 * eager_error.max() + 50 * torch.finfo(torch.float32).eps
+
+
 def test_mixtures_that_vanish(backend: str) -> None:
     inputs = draw(6, 8, 5)
     inputs["key"][6:] = torch.stack([inputs["key"][7], -inputs["key"][7]])

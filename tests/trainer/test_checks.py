@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hicl_fast.functional as HF
 from hicl_fast import reference
-from hicl_fast.trainer.checks import LossMismatch, check_loss
+from hicl_fast.trainer.checks import Diverged, LossMismatch, check_finite, check_loss
 
 
 def embeddings(rows: int, width: int, spread: float) -> Tensor:
@@ -62,8 +62,26 @@ def test_wrong_gradient_alone_is_caught() -> None:
         check(half_detached, exact(0.05), embeddings(67, 48, 1.0), step=0)
 
 
-def test_nan_is_caught() -> None:
+def test_nan_of_the_model_is_not_the_losss_fault() -> None:
     rows = embeddings(8, 16, 1.0)
     rows[3, 3] = torch.nan
-    with pytest.raises(LossMismatch, match="nan"):
-        check(fused(0.05), exact(0.05), rows, step=0)
+    with pytest.raises(Diverged, match="step 7: the model diverged: .* loss nan"):
+        check(fused(0.05), exact(0.05), rows, step=7)
+
+
+def test_nan_of_the_loss_alone_is_caught() -> None:
+    def broken(rows: Tensor) -> Tensor:
+        return HF.info_nce(*rows.chunk(2)) + torch.nan * rows.sum()
+
+    with pytest.raises(LossMismatch, match="step 0: the fused loss is not finite, where the float64 reference's is"):
+        check(broken, exact(0.05), embeddings(8, 16, 1.0), step=0)
+
+
+def test_what_diverged_is_said() -> None:
+    rows, parameters = torch.ones(4, 2), {"first": torch.ones(3), "second": torch.tensor([1.0, torch.inf, 0.0])}
+    check_finite(torch.tensor(1.0), rows, parameters.items(), step=3, learning_rate=1e9)
+    rows[1, 0] = torch.nan
+    with pytest.raises(Diverged) as said:
+        check_finite(torch.tensor(torch.nan), rows, parameters.items(), step=3, learning_rate=1e9)
+    words = ("step 3", "loss is nan", "1 of 4 embeddings", "first parameter that is not finite is second", "1e+09")
+    assert all(word in str(said.value) for word in words), said.value

@@ -222,7 +222,9 @@ def test_small_chunks_give_the_same_losses(tmp_path: Path, paragraphs: Path, com
 
 
 def test_wrong_chunk_size_is_named(sentences: Path, command: Command) -> None:
-    with pytest.raises(SystemExit, match="^error: gradient_cache_chunk_size: expected at least 1 text"):
+    with pytest.raises(
+        SystemExit, match="^error: gradient_cache_chunk_size: expected a whole number, at least 0, got -1"
+    ):
         main(command(sentences, gradient_cache_chunk_size=-1))
 
 

@@ -74,6 +74,15 @@ def test_plain_documents_are_seen_twice(tokenizer: PreTrainedTokenizerFast) -> N
     assert batch["offsets"].tolist() == [0, 2, 3]
 
 
+def test_documents_of_one_text_are_of_one_group(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Where keys of earlier batches are kept; the number is the text's, in every process and run."""
+    collate = ViewCollator(tokenizer, segment_length=9, max_segments=1, with_groups=True)
+    first, again = collate([("a b", "c"), ("e", "d"), ("a b", "d")]), collate([("e", "a")])
+    assert first["groups"].dtype == torch.int64 and len(set(first["groups"].tolist())) == 2
+    assert first["groups"][0] == first["groups"][2] and again["groups"][0] == first["groups"][1]
+    assert "groups" not in ViewCollator(tokenizer, segment_length=9, max_segments=1)([("a",)])
+
+
 def test_columns_are_stacked_view_by_view(tokenizer: PreTrainedTokenizerFast) -> None:
     batch = ViewCollator(tokenizer, segment_length=9, max_segments=1)([("a", "b", "c"), ("d", "e", "f")])
     segments = Segments(batch["input_ids"], batch["attention_mask"], batch["offsets"])

@@ -120,6 +120,16 @@ def test_check_every_stops_a_wrong_loss(sentences: Path, command: Command, monke
         main([*arguments, "--check_every", "2"])
 
 
+@pytest.mark.parametrize("options", [{}, {"check_every": 1}], ids=["unchecked", "checked"])
+def test_divergence_ends_a_run_and_says_so(
+    tmp_path: Path, sentences: Path, command: Command, options: dict[str, object]
+) -> None:
+    with pytest.raises(SystemExit, match=r"^error: step 1: the model diverged: the loss is nan.*rate is 1e\+09") as end:
+        main(command(sentences, learning_rate=1e9, **options))
+    assert end.value.code == 1
+    assert not list((tmp_path / "run").glob("checkpoint-*")), "what led there is nothing to go on from"
+
+
 def test_evaluation_during_and_after_training(
     tmp_path: Path, sentences: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -143,9 +143,9 @@ class FusedHiCLLoss(nn.Module):
         pooling: Literal["length", "mean"] = "length",
     ) -> None:
         super().__init__()
-        _check_whole_number("segment_length", segment_length)
+        check.whole_number("segment_length", segment_length, 1)
         if max_segments is not None:
-            _check_whole_number("max_segments", max_segments)
+            check.whole_number("max_segments", max_segments, 1)
         tokenizer: Any = getattr(model, "tokenizer", None)
         if hasattr(tokenizer, "num_special_tokens_to_add"):
             check_room(segment_length, tokenizer.num_special_tokens_to_add())
@@ -171,7 +171,7 @@ class FusedHiCLLoss(nn.Module):
     def _cut(self, features: Features) -> Segmented:
         return cut_into_segments(
             features,
-            self.model.tokenizer,
+            _unwrapped(self.model).tokenizer,
             self.segment_length,
             self.max_segments,
             prompt_length=excluded_prompt_length(self.model, features),
@@ -203,6 +203,13 @@ class FusedHiCLLoss(nn.Module):
 def _twice(columns: list[Column]) -> list[Column]:
     """Columns to compare; a single one with itself, under another dropout mask."""
     return columns * 2 if len(columns) == 1 else columns
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model inside what data parallelism puts in its place, which the trainer sets on its loss."""
+    while not hasattr(model, "tokenizer") and hasattr(model, "module"):
+        model = model.module
+    return model
 
 
 def _copy(features: Features) -> Features:

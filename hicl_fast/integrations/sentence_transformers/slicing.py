@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hicl_fast import _checks as check
+
 
 class Segmented(NamedTuple):
     """Document b owns the segments ``offsets[b]:offsets[b + 1]``."""
@@ -42,7 +44,7 @@ def cut_into_segments(
     ids, mask = features.get("input_ids"), features.get("attention_mask")
     if ids is None or mask is None or ids.shape != mask.shape:
         raise ValueError(
-            f"sentence_features: expected input_ids and attention_mask of one shape (B, T), got {sorted(features)}"
+            f"sentence_features: expected input_ids and attention_mask of one shape (B, T), got {check.shown(sorted(features))}"
         )
     kept: list[_Segment] = []
     counts = []

@@ -1,0 +1,289 @@
+"""Registered operators can be called with anything: whatever doesn't fit is an error, not a read of other memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import hicl_fast
+from hicl_fast.ops.paradigm_settings import Settings
+
+pytestmark = pytest.mark.skipif(
+    not any(s.name == "cpp" and s.available for s in hicl_fast.backends()), reason="needs the C++ extension"
+)
+
+N, M, D, K, S = 6, 7, 4, 3, 9
+
+
+def rows(n: int, *more: int) -> Tensor:
+    return torch.randn(n, *more, generator=torch.Generator().manual_seed(n))
+
+
+def to_last(n: int, end: int) -> Tensor:
+    """Indices up to the last: with one place fewer it is out of range."""
+    return torch.arange(end - n, end)
+
+
+class Call(NamedTuple):
+    """A right call, and what may be changed of it: beginnings of what ``changed`` calls a change."""
+
+    operator: str
+    arguments: dict[str, Any]
+    allowed: tuple[str, ...] = ()
+
+
+ALL = 0b11111
+INFO_NCE: dict[str, Any] = {
+    "query": rows(N, D),
+    "key": rows(M, D),
+    "target": to_last(N, M),
+    "negatives": rows(N, D),
+    "bank": rows(3, D),
+    "extra_logits": rows(N, 2),
+    "query_group": torch.arange(N),
+    "key_group": torch.arange(M),
+}
+PLAIN = {**dict.fromkeys(INFO_NCE), "query": rows(N, D), "key": rows(N, D)}
+OPTIONS = {"row_weight": 1.0, "scale": 20.0, "hard_negative_weight": 0.0, "same_group": 0, "margin": 0.0}
+REST = {"symmetric": False, "mixed_pairs": None, "k": 0, "alpha": 0.5, "wanted": ALL}
+PAIRS = torch.tensor([[[0, 1], [1, K - 1]]]).repeat(N, 1, 1)
+MIXED = {
+    "query": rows(N, D),
+    "bank": rows(M, D),
+    "index": to_last(N * K, N * K).reshape(N, K) % M,
+    "pairs": PAIRS,
+    "alpha": 0.5,
+}
+OFFSETS = torch.tensor([0, 2, 3, S])
+COLUMNS = ("bank: dimension 0", "extra_logits: dimension 1")
+CANDIDATES = ("bank: dimension 0 larger", "index: dimension 1 larger")
+
+CPP = [
+    Call(
+        "info_nce",
+        INFO_NCE | {"loss_grad": rows(N)} | OPTIONS | {"hard_negative_weight": 0.5} | REST,
+        (*COLUMNS, "negatives: dimension 0 larger"),
+    ),
+    Call("info_nce", PLAIN | {"loss_grad": None} | OPTIONS | REST | {"symmetric": True}),
+    Call(
+        "info_nce",
+        PLAIN | {"loss_grad": None} | OPTIONS | REST | {"mixed_pairs": PAIRS, "k": K},
+        ("key: dimension 0 larger", "mixed_pairs: dimension 1"),
+    ),
+    Call(
+        "hard_negatives",
+        {n: INFO_NCE[n] for n in ("query", "key", "target", "query_group", "key_group")}
+        | {"k": K, "exclude_target": True},
+    ),
+    Call("mixed_negatives", MIXED, (*CANDIDATES, "pairs: dimension 1")),
+    Call(
+        "mixed_negatives_backward",
+        MIXED
+        | {name: rows(N, 2) for name in ("cosine", "inverse_norm", "upstream")}
+        | {"want_query": True, "want_bank": True},
+        CANDIDATES,
+    ),
+    Call(
+        "segment_pool",
+        {"segments": rows(S, D), "offsets": OFFSETS, "weights": rows(S).abs()},
+        ("segments: dimension 1",),
+    ),
+    Call(
+        "segment_pool_backward",
+        {"segments": rows(S, D), "offsets": OFFSETS, "weights": rows(S).abs(), "pooled_grad": rows(3, D)}
+        | {"want_segments": True, "want_weights": True},
+    ),
+    Call("paradigm_views", {"u": rows(N, D), "v": rows(N, D)}),
+    Call("paradigm_statistics", {"x": rows(N, D), "y": rows(N, D), "temperature": 0.1, "columns": True}),
+    Call(
+        "paradigm_combine",
+        {"x": rows(N, D), "y": rows(N, D), "t": rows(N, D), "weight": "softmax", "parameter": 0.1},
+        ("t: dimension 1",),
+    ),
+]
+
+
+def of_another_shape(x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    yield "a dimension more", x[None]
+    if x.numel() and x.dim():
+        yield "a dimension less", x.select(0, 0)
+    for dim, size in enumerate(x.shape):
+        if size > 1:
+            yield f"dimension {dim} smaller", x.narrow(dim, 0, size - 1).contiguous()
+            yield f"dimension {dim} larger", torch.cat([x, x.narrow(dim, size - 1, 1)], dim)
+            yield f"dimension {dim} empty", x.narrow(dim, 0, 0).contiguous()
+
+
+def of_another_type(x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    other = torch.int32 if x.dtype == torch.int64 else torch.float64
+    yield str(other), x.to(other)
+    yield "bool", x.to(torch.bool)
+
+
+def not_contiguous(x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    yield "not contiguous", torch.stack([x, x], dim=-1)[..., 0]
+
+
+def changed(call: Call, of_type: bool, takes_strides: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, x in call.arguments.items():
+        if isinstance(x, Tensor):
+            changes = list(of_another_shape(x))
+            if of_type and takes_strides:
+                changes += [*of_another_type(x)][1:] if x.is_floating_point() else [*of_another_type(x)]
+            elif of_type:
+                changes += [*of_another_type(x), *not_contiguous(x)]
+            for what, value in changes:
+                if not f"{name}: {what}".startswith(call.allowed):
+                    yield f"{name}: {what}", {**call.arguments, name: value}
+
+
+@pytest.mark.parametrize("call", CPP, ids=lambda call: call.operator)
+def test_operators_of_the_extension(call: Call) -> None:
+    operator = getattr(torch.ops.hicl_fast_cpp, call.operator)
+    operator(**call.arguments)
+    takes_strides = call.operator == "hard_negatives"  # and any floating-point type
+    for what, arguments in changed(call, of_type=True, takes_strides=takes_strides):
+        with pytest.raises(RuntimeError, match=rf"{call.operator}: \w+: expected") as caught:
+            operator(**arguments)
+            pytest.fail(f"{call.operator} takes {what}")
+        assert "tensor(" not in str(caught.value)
+
+
+GRADIENT: dict[str, list[Any]] = {
+    "rows": [rows(N, D), rows(M, D)],
+    "factors": [rows(N), rows(N)],
+    "sources": [None, to_last(N, M)],
+    "targets": [None, torch.arange(N)],
+}
+
+
+@pytest.mark.parametrize("name", GRADIENT)
+def test_gradients_of_terms(name: str) -> None:
+    """The one operator of lists."""
+    operator = torch.ops.hicl_fast_cpp.paradigm_gradient
+    operator(rows(N, D), rows(N), **GRADIENT)
+    wrong = [[*GRADIENT[name], *GRADIENT[name]], GRADIENT[name][:1]]
+    for place, x in enumerate(GRADIENT[name]):
+        if x is not None:
+            for what, value in (*of_another_shape(x), *of_another_type(x), *not_contiguous(x)):
+                if (name, place, what) != ("rows", 1, "dimension 0 larger"):
+                    wrong.append([value if i == place else other for i, other in enumerate(GRADIENT[name])])
+    for value in wrong:
+        with pytest.raises(RuntimeError, match=r"paradigm_gradient: \w+: expected"):
+            operator(rows(N, D), rows(N), **{**GRADIENT, name: value})
+
+
+@pytest.mark.parametrize(
+    ("operator", "arguments"),
+    [
+        ("info_nce", CPP[0].arguments | {"target": torch.full((N,), M)}),
+        ("info_nce", CPP[0].arguments | {"target": torch.full((N,), -1)}),
+        ("info_nce", CPP[0].arguments | {"negatives": None}),
+        ("info_nce", CPP[0].arguments | {"query_group": None}),
+        ("info_nce", CPP[0].arguments | {"symmetric": True}),
+        ("info_nce", CPP[1].arguments | {"key": rows(N + 1, D)}),
+        ("info_nce", CPP[1].arguments | {"symmetric": False, "key": rows(N - 1, D)}),
+        ("info_nce", CPP[1].arguments | {"query": rows(0, D), "key": rows(0, D)}),
+        ("info_nce", CPP[1].arguments | {"query": rows(N, 0), "key": rows(N, 0)}),
+        ("info_nce", CPP[2].arguments | {"k": 0}),
+        ("info_nce", CPP[2].arguments | {"k": N + 1}),
+        ("info_nce", CPP[2].arguments | {"k": K - 1}),
+        ("info_nce", CPP[2].arguments | {"mixed_pairs": PAIRS - 1}),
+        ("hard_negatives", CPP[3].arguments | {"k": 0}),
+        ("hard_negatives", CPP[3].arguments | {"query": rows(N, 0), "key": rows(M, 0)}),
+        ("mixed_negatives", MIXED | {"index": MIXED["index"] - 1}),
+        ("mixed_negatives", MIXED | {"index": MIXED["index"] + 1}),
+        ("mixed_negatives", MIXED | {"pairs": PAIRS + 1}),
+        ("segment_pool", CPP[6].arguments | {"offsets": torch.tensor([0, 3, 2, S])}),
+        ("segment_pool", CPP[6].arguments | {"offsets": torch.tensor([0, 3, 3, S])}),
+        ("segment_pool", CPP[6].arguments | {"offsets": torch.tensor([-1, 3, S])}),
+        ("segment_pool", CPP[6].arguments | {"offsets": torch.tensor([0, 3, S + 1])}),
+        ("segment_pool", CPP[6].arguments | {"offsets": torch.tensor([0])}),
+        ("paradigm_statistics", CPP[9].arguments | {"x": rows(0, D), "y": rows(0, D)}),
+        ("paradigm_statistics", CPP[9].arguments | {"x": rows(N, 0), "y": rows(N, 0)}),
+        ("random_pairs", {"num_rows": 2, "num_mixed": 3, "k": 1, "seed": 0, "first_row": 0}),
+        ("random_pairs", {"num_rows": 2, "num_mixed": 3, "k": 1 << 17, "seed": 0, "first_row": 0}),
+        ("random_pairs", {"num_rows": -2, "num_mixed": 3, "k": 2, "seed": 0, "first_row": 0}),
+    ],
+)
+def test_numbers_out_of_range(operator: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(RuntimeError, match=rf"{operator}: .*expected"):
+        getattr(torch.ops.hicl_fast_cpp, operator)(**arguments)
+
+
+def _problem(of: dict[str, Any], **options: Any) -> dict[str, Any]:
+    given = {"scale": torch.tensor(20.0), "hard_negative_weight": 0.0, "same_group": "exclude", "margin": 0.0}
+    return of | given | {"symmetric": False, "precision": "default"} | options
+
+
+STATISTICS = {"negative_lse": rows(N), "column_lse": rows(0), "loss_grad": rows(N)}
+WANTED = {"wanted": [True] * 5}
+CPP_BACKEND = {"backend": "cpp"}
+# A scale of one element is a number; a statistic of the forward pass isn't looked at, since the sweep takes it again.
+REFUSALS = (RuntimeError, ValueError, IndexError, ZeroDivisionError)  # the last: the mean over no rows
+UNREAD = ("scale", "negative_lse", "column_lse")
+REGISTERED = [
+    Call(
+        "info_nce_mean",
+        _problem(INFO_NCE) | {"reduction": "mean"} | WANTED | CPP_BACKEND,
+        (*COLUMNS, "negatives: dimension 0", *UNREAD),
+    ),
+    Call("info_nce_rows", _problem(PLAIN, symmetric=True) | CPP_BACKEND, UNREAD),
+    Call(
+        "info_nce_rows_backward",
+        _problem(PLAIN) | STATISTICS | WANTED | CPP_BACKEND,
+        ("key: dimension 0 larger", *UNREAD),
+    ),
+    Call("hard_negatives", CPP[3].arguments | CPP_BACKEND),
+    Call("mixed_negatives", MIXED | CPP_BACKEND, (*CANDIDATES, "pairs: dimension 1")),
+    Call(
+        "mixed_negatives_backward",
+        MIXED
+        | {n: rows(N, 2) for n in ("cosine", "inverse_norm", "cosine_grad")}
+        | {"wanted": [True] * 2}
+        | CPP_BACKEND,
+        CANDIDATES,
+    ),
+    Call("segment_pool", CPP[6].arguments | CPP_BACKEND, ("segments: dimension 1",)),
+    Call(
+        "segment_pool_backward",
+        {n: CPP[7].arguments[n] for n in ("segments", "offsets", "weights", "pooled_grad")}
+        | {"wanted": [True] * 2}
+        | CPP_BACKEND,
+    ),
+]
+
+
+@pytest.mark.parametrize("call", REGISTERED, ids=lambda call: call.operator)
+def test_registered_operators(call: Call) -> None:
+    """Types and strides are theirs to bring in order; shapes are not."""
+    operator = getattr(torch.ops.hicl_fast, call.operator)
+    operator(**call.arguments)
+    for what, arguments in changed(call, of_type=False):
+        with pytest.raises(REFUSALS):
+            operator(**arguments)
+            pytest.fail(f"{call.operator} takes {what}")
+
+
+def test_the_paradigm_operator() -> None:
+    views = {"u": rows(N, D), "v": rows(N, D)}
+    settings = Settings(objective="mpt").flat()
+    operator = torch.ops.hicl_fast.paradigm
+    operator(*views.values(), *settings, True, "cpp")
+    for _, arguments in changed(Call("paradigm", views), of_type=False):
+        with pytest.raises(REFUSALS):
+            operator(*arguments.values(), *settings, True, "cpp")
+
+
+def test_none_is_forgotten() -> None:
+    def names(namespace: str) -> set[str]:
+        every = torch._C._dispatch_get_all_op_names()
+        return {name.split("::")[1].split(".")[0] for name in every if name.startswith(f"{namespace}::")}
+
+    lists = {"paradigm_gradient", "random_pairs", "capability"}
+    assert names("hicl_fast_cpp") == {call.operator for call in CPP} | lists
+    assert names("hicl_fast") == {call.operator for call in REGISTERED} | {"paradigm"}
