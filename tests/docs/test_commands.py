@@ -25,7 +25,7 @@ from tests.docs.documented import ROOT, Shown, commands, python_blocks
 Short = Callable[[Shown, Path], None]
 
 WORDS = "kala morem tesist vinour dary lopa senem kalist mora tesem vina darour".split()
-TEXTS = ("text", "documents", "sentences", "wiki12k", "wikitext2_paragraphs", "wiki1m_for_simcse")
+TEXTS = ("queries", "corpus", "text", "documents", "sentences", "wiki12k", "wikitext2_paragraphs", "wiki1m_for_simcse")
 MODELS = ("START", "bert-base-uncased", "run")  # what the pages call a model, as folders of that name
 
 TRAINING = "--max_steps 2 --per_device_train_batch_size 12 --max_seq_length 34 --max_train_samples 24 --use_cpu True "
@@ -42,6 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [" ".join(generator.choices(WORDS, k=generator.randint(4, 12))) for _ in range(40)]
     for name in TEXTS:
         (here / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    (here / "lines.txt").write_text("".join(f"{(i + 1) % len(lines)}\n" for i in range(len(lines))))
     torch.manual_seed(0)
     write_scratch_model(lines, here / MODELS[0])
     for name in MODELS[1:]:

@@ -191,7 +191,7 @@ def test_what_it_runs_can_be_interrupted_though_a_shell_ignores_it(tmp_path: Pat
     lines = [
         "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)",
         "from tools import gpu_steps; gpu_steps.make_environment = lambda: None",
-        "step = gpu_steps.Step('step', [sys.executable, '-c', 'import time; time.sleep(60)'], 1)",
+        "step = gpu_steps.Step('step', [sys.executable, '-c', 'import time; time.sleep(60)'], 0.4)",
         "sys.argv[1:] = ['--rehearse']; gpu_steps.main('check', '', 60, lambda out, rehearsing: [step])",
     ]
     environment = {**os.environ, "OUT": str(tmp_path)}
