@@ -114,13 +114,27 @@ def dense(models: Any) -> Any:
     return models.Dense(16, 5, activation_function=torch.nn.GELU())
 
 
+def normalize(models: Any) -> Any:
+    return models.Normalize()
+
+
+def layer_norm(models: Any) -> Any:
+    return models.LayerNorm(16)
+
+
+def shown(arguments: dict[str, Any]) -> str:
+    """A test's name: of functions their own, and no address, which would be another in each process."""
+    more = [getattr(make, "__name__", "") for make in arguments.get("more", [])]
+    return " ".join(f"{name}={more if name == 'more' else value}" for name, value in arguments.items())
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         *({"pooling": mode} for mode in ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")),
         {"pooling": ("mean", "cls", "max")},
-        {"more": [dense, lambda models: models.Normalize()]},
-        {"more": [lambda models: models.LayerNorm(16)]},
+        {"more": [dense, normalize]},
+        {"more": [layer_norm]},
         {"max_seq_length": 5},
         {"do_lower_case": True},
         {"model": {"prompts": {"query": "kala: ", "other": "vina "}, "default_prompt_name": "query"}},
@@ -128,7 +142,7 @@ def dense(models: Any) -> Any:
         {"family": "t5"},
         {"family": "roberta", "max_seq_length": 32},
     ],
-    ids=str,
+    ids=shown,
 )
 def test_embeddings_are_those_of_sentence_transformers(written: Callable[..., Path], arguments: dict[str, Any]) -> None:
     assert_same(written(**arguments))
@@ -313,7 +327,7 @@ def test_training_goes_on_with_the_folders_own_pooling(
         {"more": [dense]},
         {"model": {"prompts": {"query": "kala: "}, "default_prompt_name": "query"}},
     ],
-    ids=str,
+    ids=shown,
 )
 def test_modules_that_the_trainer_lacks_are_not_left_out_silently(
     sentences: Path, command: Callable[..., list[str]], written: Callable[..., Path], arguments: dict[str, Any]
