@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from hicl_fast import reference
 from hicl_fast.backend import features, registry
 from hicl_fast.ops.autograd import is_transformed, runs_eagerly, without_autocast
 from hicl_fast.ops.problem import sum_type
+from hicl_fast.ops.shapes import check_shapes
 
 _library = torch.library.Library("hicl_fast", "FRAGMENT")
 _library.define(
@@ -87,7 +90,21 @@ def _run(
     return similarity, index
 
 
-_library.impl("hard_negatives", _run, "CompositeExplicitAutograd")
+def _run_registered(
+    query: Tensor,
+    key: Tensor,
+    k: int,
+    target: Tensor | None,
+    query_group: Tensor | None,
+    key_group: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    groups = {"query_group": (query_group, "N"), "key_group": (key_group, "M")}
+    check_shapes("hard_negatives", query=(query, "ND"), key=(key, "MD"), target=(target, "N"), **groups)
+    return _run(query, key, k, target, query_group, key_group, *rest)
+
+
+_library.impl("hard_negatives", _run_registered, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("hicl_fast::hard_negatives", lib=_library)

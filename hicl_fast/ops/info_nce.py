@@ -31,6 +31,7 @@ from hicl_fast.ops.autograd import (
     without_autocast,
 )
 from hicl_fast.ops.problem import DIFFERENTIABLE, NOTHING, Gradients, Mixing, Problem, RowStatistics, Wanted
+from hicl_fast.ops.shapes import check_shapes
 
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor scale, Tensor? target, Tensor? negatives, Tensor? bank, Tensor? extra_logits, "
@@ -212,22 +213,43 @@ def _distinct(outputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
     return tuple(x if x.numel() else x.clone() for x in outputs)
 
 
+def _checked(*flat: Any, **others: tuple[Tensor, str]) -> Problem:
+    problem = Problem(*flat)
+    check_shapes(
+        "info_nce",
+        query=(problem.query, "ND"),
+        key=(problem.key, "ND" if problem.symmetric else "MD"),
+        target=(problem.target, "N"),
+        negatives=(problem.negatives, "ND" if problem.hard_negative_weight else "PD"),
+        bank=(problem.bank, "BD"),
+        extra_logits=(problem.extra_logits, "NE"),
+        query_group=(problem.query_group, "N"),
+        key_group=(problem.key_group, "N" if problem.symmetric else "M"),
+        **others,
+    )
+    n, m = problem.query.shape[0], problem.key.shape[0]
+    if problem.target is None and m < n:
+        raise ValueError(f"info_nce: key: expected at least {n} rows without a target, got {m}")
+    if (problem.query_group is None) != (problem.key_group is None):
+        raise ValueError("info_nce: query_group, key_group: expected both or neither, got one")
+    return problem
+
+
 def _run_mean(*args: Any) -> tuple[Tensor, ...]:
     *flat, reduction, wanted, backend = args
-    result, gradients = _sweep(Problem(*flat), reduction, Wanted(*wanted), backend)
+    result, gradients = _sweep(_checked(*flat), reduction, Wanted(*wanted), backend)
     return _distinct((*result[:3], *gradients))
 
 
 def _run_rows(*args: Any) -> tuple[Tensor, ...]:
     *flat, backend = args
-    return _sweep_rows(Problem(*flat), backend)
+    return _sweep_rows(_checked(*flat), backend)
 
 
 def _run_rows_backward(*args: Any) -> tuple[Tensor, ...]:
     *flat, negative_lse, column_lse, loss_grad, wanted, backend = args
-    return _distinct(
-        _sweep_rows_backward(Problem(*flat), negative_lse, column_lse, loss_grad, Wanted(*wanted), backend)
-    )
+    problem = _checked(*flat, negative_lse=(negative_lse, "N"), loss_grad=(loss_grad, "N"))
+    return _distinct(_sweep_rows_backward(problem, negative_lse, column_lse, loss_grad, Wanted(*wanted), backend))
 
 
 for _name, _run in (

@@ -15,6 +15,7 @@ from hicl_fast.backend import features, registry
 from hicl_fast.ops import by_reference
 from hicl_fast.ops.autograd import first_derivatives, is_transformed, runs_eagerly, without_autocast
 from hicl_fast.ops.problem import sum_type
+from hicl_fast.ops.shapes import check_shapes
 
 _INPUTS = "Tensor query, Tensor bank, Tensor index, Tensor pairs, float alpha"
 
@@ -90,8 +91,33 @@ def _run_backward(
         )
 
 
-_library.impl("mixed_negatives", _run, "CompositeExplicitAutograd")
-_library.impl("mixed_negatives_backward", _run_backward, "CompositeExplicitAutograd")
+def _run_registered(query: Tensor, bank: Tensor, index: Tensor, pairs: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    inputs = {"query": (query, "ND"), "bank": (bank, "BD"), "index": (index, "Nk"), "pairs": (pairs, "Nm2")}
+    check_shapes("mixed_negatives", **inputs)
+    return _run(query, bank, index, pairs, *rest)
+
+
+def _run_backward_registered(
+    query: Tensor,
+    bank: Tensor,
+    index: Tensor,
+    pairs: Tensor,
+    alpha: float,
+    cosine: Tensor,
+    inverse_norm: Tensor,
+    cosine_grad: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    inputs = {"query": (query, "ND"), "bank": (bank, "BD"), "index": (index, "Nk"), "pairs": (pairs, "Nm2")}
+    found = {"cosine": (cosine, "Nm"), "inverse_norm": (inverse_norm, "Nm"), "cosine_grad": (cosine_grad, "Nm")}
+    check_shapes("mixed_negatives_backward", **inputs, **found)
+    check_indices("index", index, bank.shape[0], "rows of bank")
+    check_indices("pairs", pairs, index.shape[1], "columns of index")
+    return _run_backward(query, bank, index, pairs, alpha, cosine, inverse_norm, cosine_grad, *rest)
+
+
+_library.impl("mixed_negatives", _run_registered, "CompositeExplicitAutograd")
+_library.impl("mixed_negatives_backward", _run_backward_registered, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("hicl_fast::mixed_negatives", lib=_library)

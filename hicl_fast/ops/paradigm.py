@@ -16,6 +16,7 @@ from hicl_fast.ops.autograd import Again, is_one, is_transformed, runs_eagerly, 
 from hicl_fast.ops.paradigm_objectives import OBJECTIVES, alone
 from hicl_fast.ops.paradigm_settings import NUM_FIELDS, SCHEMA, Settings
 from hicl_fast.ops.problem import Problem, host_number, sum_type
+from hicl_fast.ops.shapes import check_shapes
 
 _library = torch.library.Library("hicl_fast", "FRAGMENT")
 _library.define(
@@ -70,6 +71,7 @@ def _run(u: Tensor, v: Tensor, settings: Settings, wants_gradients: bool, backen
 
 def _run_registered(u: Tensor, v: Tensor, *rest: Any) -> _Outputs:
     *flat, wants_gradients, backend = rest
+    check_shapes("paradigm", u=(u, "ND"), v=(v, "ND"))
     return _run(u, v, Settings.of_flat(tuple(flat)), wants_gradients, backend)
 
 

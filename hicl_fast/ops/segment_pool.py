@@ -10,6 +10,7 @@ from torch import Tensor
 from hicl_fast.backend import registry
 from hicl_fast.ops import by_reference
 from hicl_fast.ops.autograd import first_derivatives, is_transformed, runs_eagerly, without_autocast
+from hicl_fast.ops.shapes import check_shapes
 
 _library = torch.library.Library("hicl_fast", "FRAGMENT")
 _library.define("segment_pool(Tensor segments, Tensor offsets, Tensor? weights, str backend) -> Tensor")
@@ -72,8 +73,27 @@ def _run_backward(
         )
 
 
-_library.impl("segment_pool", _run, "CompositeExplicitAutograd")
-_library.impl("segment_pool_backward", _run_backward, "CompositeExplicitAutograd")
+def _run_registered(segments: Tensor, offsets: Tensor, weights: Tensor | None, backend: str) -> Tensor:
+    check_shapes("segment_pool", segments=(segments, "SD"), offsets=(offsets, "O"), weights=(weights, "S"))
+    return _run(segments, offsets, weights, backend)
+
+
+def _run_backward_registered(
+    segments: Tensor, offsets: Tensor, weights: Tensor | None, pooled_grad: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    check_shapes(
+        "segment_pool_backward",
+        segments=(segments, "SD"),
+        offsets=(offsets[1:], "B"),
+        weights=(weights, "S"),
+        pooled_grad=(pooled_grad, "BD"),
+    )
+    _check_values(segments, offsets, weights)
+    return _run_backward(segments, offsets, weights, pooled_grad, *rest)
+
+
+_library.impl("segment_pool", _run_registered, "CompositeExplicitAutograd")
+_library.impl("segment_pool_backward", _run_backward_registered, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("hicl_fast::segment_pool", lib=_library)

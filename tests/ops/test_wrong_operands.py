@@ -224,7 +224,7 @@ STATISTICS = {"negative_lse": rows(N), "column_lse": rows(0), "loss_grad": rows(
 WANTED = {"wanted": [True] * 5}
 CPP_BACKEND = {"backend": "cpp"}
 # A scale of one element is a number; a statistic of the forward pass isn't looked at, since the sweep takes it again.
-REFUSALS = (RuntimeError, ValueError, IndexError, ZeroDivisionError)  # the last: the mean over no rows
+REFUSALS = (RuntimeError, ValueError, IndexError)
 UNREAD = ("scale", "negative_lse", "column_lse")
 REGISTERED = [
     Call(
@@ -235,7 +235,7 @@ REGISTERED = [
     Call("info_nce_rows", _problem(PLAIN, symmetric=True) | CPP_BACKEND, UNREAD),
     Call(
         "info_nce_rows_backward",
-        _problem(PLAIN) | STATISTICS | WANTED | CPP_BACKEND,
+        _problem(PLAIN) | STATISTICS | {"wanted": [True, True, False, False, True]} | CPP_BACKEND,
         ("key: dimension 0 larger", *UNREAD),
     ),
     Call("hard_negatives", CPP[3].arguments | CPP_BACKEND),
@@ -258,25 +258,30 @@ REGISTERED = [
 ]
 
 
+each_backend = pytest.mark.parametrize("backend", ["cpp", "torch"])
+
+
+@each_backend
 @pytest.mark.parametrize("call", REGISTERED, ids=lambda call: call.operator)
-def test_registered_operators(call: Call) -> None:
+def test_registered_operators(call: Call, backend: str) -> None:
     """Types and strides are theirs to bring in order; shapes are not."""
     operator = getattr(torch.ops.hicl_fast, call.operator)
-    operator(**call.arguments)
+    operator(**call.arguments | {"backend": backend})
     for what, arguments in changed(call, of_type=False):
         with pytest.raises(REFUSALS):
-            operator(**arguments)
+            operator(**arguments | {"backend": backend})
             pytest.fail(f"{call.operator} takes {what}")
 
 
-def test_the_paradigm_operator() -> None:
+@each_backend
+def test_the_paradigm_operator(backend: str) -> None:
     views = {"u": rows(N, D), "v": rows(N, D)}
     settings = Settings(objective="mpt").flat()
     operator = torch.ops.hicl_fast.paradigm
-    operator(*views.values(), *settings, True, "cpp")
+    operator(*views.values(), *settings, True, backend)
     for _, arguments in changed(Call("paradigm", views), of_type=False):
         with pytest.raises(REFUSALS):
-            operator(*arguments.values(), *settings, True, "cpp")
+            operator(*arguments.values(), *settings, True, backend)
 
 
 def test_none_is_forgotten() -> None:
