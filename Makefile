@@ -14,7 +14,7 @@ LINKED := .venv/.linked
 BUILT := .venv/.built
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build bench test test-main test-interpret test-quick lint format docs wheel cuda-check gpu-check clean
+.PHONY: help venv build bench test test-main test-cpus test-interpret test-quick lint format docs wheel cuda-check gpu-check clean
 
 help: ## list the targets
 	@echo "hicl_fast: contrastive losses as custom kernels. Each target does first whatever it needs."
@@ -27,10 +27,19 @@ build: $(BUILT) ## compile csrc/ in place and make `import hicl_fast` work in .v
 bench: $(BUILT) ## time the fused losses against everything comparable (ARGS="--help" for the options)
 	$(BIN)/python benchmarks/loss_throughput.py $(ARGS)
 
-test: test-main test-interpret ## run all the tests (ARGS goes to pytest)
+test: test-main test-cpus test-interpret ## run all the tests (ARGS goes to pytest)
 
 test-main: $(BUILT) ## the tests but those in Triton's interpreter
 	TRITON_INTERPRET=0 $(PYTEST) -m "not interpret" $(ARGS)
+
+# test-main takes the widest set of row kernels that the processor has.
+NUMERICAL := tests/ops tests/losses tests/integrations/test_sentence_transformers.py
+
+test-cpus: $(BUILT) ## the numerical tests of the backend cpp with every narrower set of row kernels that this processor has
+	@for set in $$($(BIN)/python -c "from hicl_fast.backend import cpp; print(*cpp.row_kernel_sets()[:-1])"); do \
+		echo "HICL_FAST_CPU=$$set TRITON_INTERPRET=0 $(PYTEST) -m 'cpus and not slow' $(ARGS) $(NUMERICAL)"; \
+		HICL_FAST_CPU=$$set TRITON_INTERPRET=0 $(PYTEST) -m "cpus and not slow" $(ARGS) $(NUMERICAL) || exit 1; \
+	done
 
 # The interpreter replaces Triton's compiler for a whole process, so these tests have one of their own.
 test-interpret: $(BUILT) ## the Triton kernels' tests, in Triton's interpreter on the CPU

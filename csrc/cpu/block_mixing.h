@@ -29,7 +29,7 @@ class BlockMixing {
   BlockMixing(const MixingRules& rules, Matrix<const T> query, const UnitRows<T>& keys, int64_t block_rows,
               Workspace& workspace)
       : s_{query.data, keys.row(0), rules.index, rules.pairs, query.rows, keys.count(), query.columns, rules.k,
-           rules.num_mixed, T(rules.alpha), T(1 - rules.alpha)},
+           rules.num_mixed, T(rules.alpha), T(1 - rules.alpha), keys.shrinks()},
         index_(rules.index), additions_(s_, block_rows, workspace), radial_(block_rows * s_.k), kept_(keys.count()) {}
   // Of the workspace.
   static int64_t bytes(const std::optional<MixingRules>& rules, int64_t block_rows) {
@@ -77,9 +77,9 @@ class BlockMixing {
       for (int64_t c = 0; c < s.k; ++c) entries[s.bank_index(i, c)] += coefficients_.along[c];
       // A cosine doesn't change with the length of g: n_a · ∂/∂n_a and n_b · ∂/∂n_b are each other's negatives.
       for (int64_t p = 0; p < s.m; ++p) {
-        const int64_t a = s.pair(i, p)[0], b = s.pair(i, p)[1];
-        const T inverse = inverse_norm_[p], u = s.alpha * factor * upstream[p] * inverse;
-        const T mixture_along_a = s.alpha * products_.gram(a, a) + s.beta * products_.gram(a, b);
+        const auto [a, b, alpha, beta, least] = s.mixture(i, p);
+        const T inverse = inverse_norm_[p], u = alpha * factor * upstream[p] * inverse;
+        const T mixture_along_a = alpha * products_.gram(a, a) + beta * products_.gram(a, b);
         const T part = u * (query_factor * products_.similarity(a) - cosine_[p] * inverse * mixture_along_a);
         radial[a] += part;
         radial[b] -= part;

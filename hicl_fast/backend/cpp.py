@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 
 import torch
 
@@ -23,7 +24,20 @@ def status() -> BackendStatus:
         missing = isinstance(error, ModuleNotFoundError)
         what = "the C++ extension was not built" if missing else f"the C++ extension doesn't load: {error}"
         return BackendStatus("cpp", False, f"{what}; install a C++ compiler and reinstall hicl_fast", "")
-    return BackendStatus("cpp", True, "", f"row kernels for {torch.ops.hicl_fast_cpp.capability()}")
+    return BackendStatus("cpp", True, "", f"row kernels for {_row_kernels()}")
+
+
+def row_kernel_sets() -> list[str]:
+    """The sets of row kernels that this processor has the instructions for, narrowest first."""
+    importlib.import_module("hicl_fast._C")
+    return torch.ops.hicl_fast_cpp.capabilities().split()
+
+
+def _row_kernels() -> str:
+    """The set in use: the widest, or what HICL_FAST_CPU asks for."""
+    if (asked := os.environ.get("HICL_FAST_CPU")) and asked not in (sets := row_kernel_sets()):
+        raise ValueError(f"HICL_FAST_CPU: expected one of {', '.join(sets)}, which this processor has, got {asked!r}")
+    return torch.ops.hicl_fast_cpp.capability()
 
 
 def refusal(call: Call) -> str:

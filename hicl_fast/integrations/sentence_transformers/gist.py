@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hicl_fast.integrations.sentence_transformers.chunks import mean_over_chunks
+from hicl_fast.integrations.similarity import unit
 
 CHUNK_BYTES = 64 << 20  # of one chunk's scores
 _NEAR = 64  # roundings, within which a product may decide otherwise than the guide's own similarity
@@ -56,7 +57,7 @@ def gist_loss(student: Embeddings, guide: Embeddings, options: GistOptions) -> T
     """Mean over the anchors (B,); a scalar in the type of the student's products."""
     guided = _pairings(guide, options)
     threshold = _threshold(guide, options)  # (B, 1)
-    unit_guided = [_Pairing(_unit(pair.row), pair.first, _unit(pair.column)) for pair in guided]
+    unit_guided = [_Pairing(unit(pair.row), pair.first, unit(pair.column)) for pair in guided]
 
     def loss_of_rows(rows: slice, anchor: Tensor, positive: Tensor, *negatives: Tensor) -> Tensor:
         embeddings = Embeddings(anchor, positive, negatives, student.first)
@@ -73,7 +74,7 @@ def gist_loss(student: Embeddings, guide: Embeddings, options: GistOptions) -> T
 
     inputs = (student.anchor, student.positive, *student.negatives)
     num_rows = student.anchor.shape[0]
-    return mean_over_chunks(loss_of_rows, num_rows, _chunk_rows(guided), *(_unit(x) for x in inputs))
+    return mean_over_chunks(loss_of_rows, num_rows, _chunk_rows(guided), *(unit(x) for x in inputs))
 
 
 def _chunk_rows(guided: list[_Pairing]) -> int:
@@ -117,7 +118,3 @@ def _above(threshold: Tensor, exact: _Pairing, unit: _Pairing, rows: slice) -> T
 
 def _shifted(rows: slice, first: int) -> slice:
     return slice(first + rows.start, first + rows.stop)
-
-
-def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x, dim=-1)
