@@ -35,8 +35,8 @@ Views run_views(const Tensor& u, const Tensor& v) {
         T* unit = to[view] + i * d;
         const auto [norm, shrink] = length(row, d);
         if (shrink != 1) k.scale(row, shrink, unit, d), row = unit;
-        k.scale(row, unit_factor(norm), unit, d);
-        factor[view][i] = unit_factor(norm) * shrink;
+        k.scale(row, unit_factor<T>(norm), unit, d);
+        factor[view][i] = unit_factor<T>(norm) * shrink;
       }
       similarity[i] = k.dot(to[0] + i * d, to[1] + i * d, d);
     }

@@ -40,37 +40,35 @@ struct Squares {
 // ‖shrink · x‖, with the rows' own 1 as the factor of nearly all rows.
 template <typename T>
 struct Length {
-  T norm, shrink;
+  double norm;
+  T shrink;
 };
 
 template <typename T>
 Length<T> length_beyond_squares(const T* row, int64_t d, T squared) {
   if (squared < Squares<T>::kLeast) {  // what counts is whether it is zero: all others are below the floor
     const bool is_zero = std::all_of(row, row + d, [](T x) { return x == 0; });
-    return {is_zero ? T(0) : std::max(std::sqrt(squared), std::numeric_limits<T>::min()), T(1)};
+    return {is_zero ? 0.0 : std::max(std::sqrt(double(squared)), double(std::numeric_limits<T>::min())), T(1)};
   }
   const RowKernels<T>& k = row_kernels<T>();
   std::vector<T> shorter(d);
   k.scale(row, Squares<T>::kShrink, shorter.data(), d);
-  return {std::sqrt(k.dot(shorter.data(), shorter.data(), d)), Squares<T>::kShrink};
+  return {std::sqrt(double(k.dot(shorter.data(), shorter.data(), d))), Squares<T>::kShrink};
 }
 template <typename T>
 Length<T> length(const T* row, int64_t d) {
   const T squared = row_kernels<T>().dot(row, row, d);
-  if (squared >= Squares<T>::kLeast && squared < Squares<T>::kMost) return {std::sqrt(squared), T(1)};
+  if (squared >= Squares<T>::kLeast && squared < Squares<T>::kMost) return {std::sqrt(double(squared)), T(1)};
   return length_beyond_squares(row, d, squared);
 }
 
 // A row below the floor is divided by a constant.
-template <typename T>
-bool has_constant_norm(T norm) {
-  return norm < T(kNormFloor);
-}
+inline bool has_constant_norm(double norm) { return norm < kNormFloor; }
 // What a row of that length is multiplied by. A zero row's similarities are 0 whatever it is; 0 makes its gradients 0 too.
 // An infinite norm gives NaN, as a NaN does: 1/∞ = 0 would hide it.
 template <typename T>
-T unit_factor(T norm) {
-  return norm == 0 ? T(0) : has_constant_norm(norm) ? T(1 / kNormFloor) : 1 / norm + (norm - norm);
+T unit_factor(double norm) {
+  return norm == 0 ? T(0) : has_constant_norm(norm) ? T(1 / kNormFloor) : T(1 / norm + (norm - norm));
 }
 
 // The rows stay as they are: their factors go into the logits and, on the way back, into the gradients. Where some are so
@@ -83,8 +81,8 @@ class UnitRows {
     torch::stable::parallel_for(0, n, rows_per_thread(d), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Length<T> measured = length(row(i), d);
-        norm_[i] = measured.norm, shrink_[i] = measured.shrink;
-        factor_[i] = unit_factor(norm_[i]);
+        norm_[i] = T(measured.norm), shrink_[i] = measured.shrink;
+        factor_[i] = unit_factor<T>(measured.norm);
         if (measured.shrink != 1) has_long.store(true, std::memory_order_relaxed);
       }
     });

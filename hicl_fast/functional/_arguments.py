@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hicl_fast import _checks as check
+from hicl_fast.ops.problem import sum_type
 
 MOST_NEGATIVES = 128  # of a row, that are looked for
 
@@ -82,8 +83,11 @@ def check_alpha(alpha: float) -> None:
         raise ValueError(f"alpha: expected a number from 0 to 1, got {alpha!r}")
 
 
-def scale(temperature: float | Tensor, query: Tensor) -> Tensor:
-    """1 / temperature as a 0-d tensor; a number stays in host memory, so that no device is waited for to read it."""
+def scale(temperature: float | Tensor, query: Tensor, *others: Tensor | None) -> Tensor:
+    """1 / temperature as a 0-d tensor; a number stays in host memory, so that no device is waited for to read it.
+
+    A tensor's is in the type of the sums over query and others at least; its gradient comes in the tensor's own.
+    """
     if isinstance(temperature, Tensor):
         if temperature.dim() != 0 or not temperature.is_floating_point():
             raise ValueError(f"temperature: expected a number or a 0-d tensor, got {check.describe(temperature)}")
@@ -91,7 +95,7 @@ def scale(temperature: float | Tensor, query: Tensor) -> Tensor:
             raise ValueError(
                 f"temperature: expected a tensor on {query.device} or cpu, got {check.describe(temperature)}"
             )
-        return temperature.to(torch.promote_types(temperature.dtype, torch.float32)).reciprocal()
+        return temperature.to(torch.promote_types(temperature.dtype, sum_type(query, *others))).reciprocal()
     check.positive_number("temperature", temperature)
     return _constant(1.0 / temperature)
 

@@ -144,7 +144,7 @@ def info_nce_with_statistics(
     problem = Problem(
         query=query,
         key=key,
-        scale=scale(temperature, query),
+        scale=scale(temperature, query, key, negatives, bank, extra_logits),
         target=target,
         negatives=negatives,
         bank=None if bank is None else bank.detach(),

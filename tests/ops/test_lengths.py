@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import hicl_fast
 from hicl_fast import functional as HF
 from hicl_fast import reference
+from hicl_fast.integrations.similarity import lift, pairwise
 
 CPU_BACKENDS = [s.name for s in hicl_fast.backends() if s.available and s.name in ("cpp", "torch")]
 N, D = 10, 24
@@ -90,48 +92,33 @@ def problem(options: dict[str, Any], lengths: tuple[float, ...], seed: int) -> t
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("case", OPTIONS)
 def test_info_nce(case: str, backend: str) -> None:
-    for seed in range(4):
+    for seed in range(3):
         inputs, options = problem(OPTIONS[case], FLOAT32_LENGTHS, seed)
         expected = evaluate(reference.info_nce, {k: x.double() for k, x in inputs.items()}, **options)
         assert_right(evaluate(HF.info_nce, inputs, backend=backend, **options), expected, inputs, 2e-5)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
-def test_mixing(alpha: float, backend: str) -> None:
-    pairs = HF.random_pairs(N, 6, 4, seed=1)
-    lengths = (1.0, 1e20, 1e38, 1.5e39, 1e-13, 30.0)
-    for seed in range(3):
-        inputs = {"query": rows(N, seed, FLOAT32_LENGTHS), "key": rows(N, seed + 5, lengths)}
-        _, index = HF.hard_negatives(**inputs, k=4, backend=backend)
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_mixing(seed: int, alpha: float, backend: str) -> None:
+    """In one sweep, and as operators of their own."""
+    pairs, tau = HF.random_pairs(N, 6, 4, seed=1), {"temperature": 0.1}
+    inputs = {"query": rows(N, seed, FLOAT32_LENGTHS), "key": rows(N, seed + 5, (1.0, 1e20, 1e38, 1.5e39, 1e-13, 30.0))}
+    _, index = HF.hard_negatives(**inputs, k=4, backend=backend)
 
-        def exact(query: Tensor, key: Tensor) -> Tensor:
-            logits = reference.mixed_negative_logits(query, key, index, pairs, alpha=alpha, temperature=0.1)  # noqa: B023
-            return reference.info_nce(query, key, extra_logits=logits, temperature=0.1)
+    def exact(query: Tensor, key: Tensor) -> Tensor:
+        logits = reference.mixed_negative_logits(query, key, index, pairs, alpha=alpha, **tau)
+        return reference.info_nce(query, key, extra_logits=logits, **tau)
 
-        expected = evaluate(exact, {k: x.double() for k, x in inputs.items()})
-        mixing = HF.Mixing(4, pairs, alpha)
-        fused = evaluate(HF.info_nce, inputs, mixing=mixing, temperature=0.1, backend=backend)
-        assert_right(fused, expected, inputs, 2e-5)
-        apart = evaluate(
-            lambda query, key: HF.info_nce(
-                query,
-                key,
-                extra_logits=HF.mixed_negative_logits(
-                    query,
-                    key,
-                    index,
-                    pairs,
-                    alpha=alpha,
-                    temperature=0.1,
-                    backend=backend,  # noqa: B023
-                ),
-                temperature=0.1,
-                backend=backend,
-            ),
-            inputs,
-        )
-        assert_right(apart, expected, inputs, 2e-5)
+    def apart(query: Tensor, key: Tensor) -> Tensor:
+        logits = HF.mixed_negative_logits(query, key, index, pairs, alpha=alpha, backend=backend, **tau)
+        return HF.info_nce(query, key, extra_logits=logits, backend=backend, **tau)
+
+    expected = evaluate(exact, {k: x.double() for k, x in inputs.items()})
+    fused = evaluate(HF.info_nce, inputs, mixing=HF.Mixing(4, pairs, alpha), backend=backend, **tau)
+    assert_right(fused, expected, inputs, 2e-5)
+    assert_right(evaluate(apart, inputs), expected, inputs, 2e-5)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -171,6 +158,19 @@ def test_segment_pool(backend: str) -> None:
     pooled = HF.segment_pool(segments, offsets, weights, backend=backend)
     expected = reference.segment_pool(segments.double(), offsets, weights.double())
     torch.testing.assert_close(pooled.double(), expected, rtol=1e-5, atol=0.0)
+
+
+def test_dot_products_and_pairs() -> None:
+    """Where the products themselves can be held."""
+    query, key = rows(N, 0, (1e17, 1.0)), rows(N, 1, (1e20, 3.0))
+    lifted = lift(query, key)
+    cosine = F.cosine_similarity(lifted.query.double()[:, None], lifted.key.double()[None], dim=2)
+    exact = query.double() @ key.double().T
+    largest = float(query.double().norm(dim=1).max() * key.double().norm(dim=1).max())
+    torch.testing.assert_close(cosine * lifted.factor.double() / largest, exact / largest, rtol=0.0, atol=1e-6)
+    long, tiny = rows(N, 2, (1e30, 1e38)), rows(N, 3, (1e-3, 1e20))
+    exact_pairs = F.cosine_similarity(long.double(), tiny.double(), dim=1)
+    torch.testing.assert_close(pairwise(long, tiny, "cosine").double(), exact_pairs, rtol=0.0, atol=1e-6)
 
 
 @pytest.mark.parametrize("power", [600, 900, -700])
