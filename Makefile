@@ -32,13 +32,14 @@ test: test-main test-cpus test-interpret ## run all the tests (ARGS goes to pyte
 test-main: $(BUILT) ## the tests but those in Triton's interpreter
 	TRITON_INTERPRET=0 $(PYTEST) -m "not interpret" $(ARGS)
 
-# test-main takes the widest set of row kernels that the processor has.
+# test-main takes the widest set of row kernels that the processor has; here are the others.
 NUMERICAL := tests/ops tests/losses tests/integrations/test_sentence_transformers.py
+OF_CPUS := (cpp or test_ranking or test_types or small_losses) and not compile and not export
 
 test-cpus: $(BUILT) ## the numerical tests of the backend cpp with every narrower set of row kernels that this processor has
 	@for set in $$($(BIN)/python -c "from hicl_fast.backend import cpp; print(*cpp.row_kernel_sets()[:-1])"); do \
-		echo "HICL_FAST_CPU=$$set TRITON_INTERPRET=0 $(PYTEST) -m 'cpus and not slow' $(ARGS) $(NUMERICAL)"; \
-		HICL_FAST_CPU=$$set TRITON_INTERPRET=0 $(PYTEST) -m "cpus and not slow" $(ARGS) $(NUMERICAL) || exit 1; \
+		echo "HICL_FAST_CPU=$$set TRITON_INTERPRET=0 $(PYTEST) -m 'not slow' -k '$(OF_CPUS)' $(NUMERICAL)"; \
+		HICL_FAST_CPU=$$set TRITON_INTERPRET=0 $(PYTEST) -m "not slow" -k "$(OF_CPUS)" $(NUMERICAL) || exit 1; \
 	done
 
 # The interpreter replaces Triton's compiler for a whole process, so these tests have one of their own.

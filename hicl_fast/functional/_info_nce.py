@@ -70,7 +70,8 @@ def info_nce(
         backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
-        A float32 (float64) scalar, or (N,) with ``reduction="none"``. NaN or Inf in an input gives NaN.
+        A float32 (float64) scalar, or (N,) with ``reduction="none"``. NaN or Inf in an input gives NaN, but
+        for extra logits of −inf, which are columns that are left out.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.

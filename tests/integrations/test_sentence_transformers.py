@@ -126,7 +126,7 @@ def test_small_losses_keep_their_digits(case: str, hardness: str | None) -> None
     base = torch.eye(6, 16, dtype=torch.float64)
     generator = torch.Generator().manual_seed(2)
     embeddings = [base + 0.02 * torch.randn(6, 16, generator=generator, dtype=torch.float64) for _ in range(3)]
-    embeddings[2] = embeddings[2].roll(1, dims=0)
+    embeddings[2] = embeddings[2].roll(6, dims=1)
     options = {**OPTIONS[case], "hardness_mode": hardness, "hardness_strength": 0.5 if hardness else 0.0}
     drop_in = fused.FusedMultipleNegativesRankingLoss(None, **options)
 
