@@ -14,7 +14,7 @@ LINKED := .venv/.linked
 BUILT := .venv/.built
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build bench test test-main test-interpret test-quick lint format docs wheel sanitize cuda-check gpu-first gpu-check test-gpu-on-cpu clean
+.PHONY: help venv build bench test test-main test-cpus test-gpu-on-cpu test-interpret test-quick lint format docs wheel sanitize cuda-check gpu-first gpu-check clean
 
 help: ## list the targets
 	@echo "hicl_fast: contrastive losses as custom kernels. Each target does first whatever it needs."
@@ -27,7 +27,7 @@ build: $(BUILT) ## compile csrc/ in place and make `import hicl_fast` work in .v
 bench: $(BUILT) ## time the fused losses against everything comparable (ARGS="--help" for the options)
 	$(BIN)/python benchmarks/loss_throughput.py $(ARGS)
 
-test: test-main test-gpu-on-cpu test-interpret ## run all the tests (ARGS goes to pytest)
+test: test-main test-cpus test-gpu-on-cpu test-interpret ## run all the tests (ARGS goes to pytest)
 
 test-main: $(BUILT) ## the tests but those in Triton's interpreter
 	TRITON_INTERPRET=0 $(PYTEST) -m "not interpret" $(ARGS)
@@ -35,6 +35,16 @@ test-main: $(BUILT) ## the tests but those in Triton's interpreter
 # What fails here fails for a reason that is no GPU's.
 test-gpu-on-cpu: $(BUILT) ## tests/gpu on the CPU: the losses on the backend torch, the CUDA kernels emulated
 	HICL_FAST_GPU_TESTS_DEVICE=cpu $(PYTEST) tests/gpu $(ARGS)
+
+# test-main takes the widest set of row kernels that the processor has; here are the others.
+NUMERICAL := tests/ops tests/losses tests/integrations/test_sentence_transformers.py
+OF_CPUS := (cpp or test_ranking or test_types or small_losses) and not compile and not export
+
+test-cpus: $(BUILT) ## the numerical tests of the backend cpp with every narrower set of row kernels that this processor has
+	@for set in $$($(BIN)/python -c "from hicl_fast.backend import cpp; print(*cpp.row_kernel_sets()[:-1])"); do \
+		echo "HICL_FAST_CPU=$$set TRITON_INTERPRET=0 $(PYTEST) -m 'not slow' -k '$(OF_CPUS)' $(NUMERICAL)"; \
+		HICL_FAST_CPU=$$set TRITON_INTERPRET=0 $(PYTEST) -m "not slow" -k "$(OF_CPUS)" $(NUMERICAL) || exit 1; \
+	done
 
 # The interpreter replaces Triton's compiler for a whole process, so these tests have one of their own.
 test-interpret: $(BUILT) ## the Triton kernels' tests, in Triton's interpreter on the CPU

@@ -47,6 +47,8 @@ def keys_of(s, cols):
 def hard_negatives_kernel(
     query_ptr,  # (num_rows, dim)
     key_ptr,  # (num_cols, dim)
+    query_away_ptr,  # (1,) int64
+    key_away_ptr,  # (1,) int64
     query_inverse_ptr,  # (num_rows,)
     key_inverse_ptr,  # (num_cols,)
     special_ptr,  # (num_rows,) int64 the column that is left out
@@ -76,8 +78,8 @@ def hard_negatives_kernel(
     for start in range(part * part_cols, end, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
         s = similarities(
-            query_ptr, key_ptr, query_inverse_ptr, key_inverse_ptr, rows, cols, num_rows, num_cols, dim,
-            BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION,
+            query_ptr, key_ptr, query_away_ptr, key_away_ptr, query_inverse_ptr, key_inverse_ptr,
+            rows, cols, num_rows, num_cols, dim, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION,
         )  # fmt: skip
         counts = (cols < end)[None, :]
         if SPECIAL == POSITIVE:

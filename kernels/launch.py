@@ -35,9 +35,12 @@ class Rows:
 
     x: Tensor  # (N, D) contiguous, as they came
     inverse: Tensor  # (N,) float32: 1 / ‖x‖, 0 for a zero row
+    # (1,) int64: how many elements after x its rows are to be read for products; 0 unless some are long.
+    away: Tensor | None = None
+    shorter: Tensor | None = None  # (N, D) where they then are, with the long ones made shorter
 
     def __getitem__(self, rows: slice) -> Rows:
-        return Rows(self.x[rows], self.inverse[rows])
+        return Rows(self.x[rows], self.inverse[rows], self.away, self.shorter)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Columns:
 
         return {
             "key_ptr": self.vectors.x,
+            "key_away_ptr": self.vectors.away,
             "key_inverse_ptr": self.vectors.inverse,
             "special_ptr": chunk(self.special_column),
             "query_group_ptr": chunk(self.query_group),
@@ -122,6 +126,7 @@ def exp_similarities(
     num_rows = query.x.shape[0]
     _similarity.exp_kernel[_grid(num_rows, columns.count, tile)](
         query_ptr=query.x,
+        query_away_ptr=query.away,
         query_inverse_ptr=query.inverse,
         scale_ptr=scale,
         offset_ptr=offset,
@@ -155,6 +160,7 @@ def similarity_statistics(
     num_rows = query.x.shape[0]
     _similarity.statistics_kernel[_grid(num_rows, columns.count, tile)](
         query_ptr=query.x,
+        query_away_ptr=query.away,
         query_inverse_ptr=query.inverse,
         scale_ptr=scale,
         positive_logit_ptr=positive_logit,
@@ -191,6 +197,7 @@ def similarity_slopes(
     column_offset, column_factor = by_column or (None, None)
     _similarity.slope_kernel[_grid(num_rows, columns.count, tile)](
         query_ptr=query.x,
+        query_away_ptr=query.away,
         query_inverse_ptr=query.inverse,
         scale_ptr=scale,
         row_offset_ptr=by_row[0],
@@ -239,19 +246,24 @@ def _grid(num_rows: int, num_cols: int, tile: Tile) -> tuple[int]:
 def normalise(x: Tensor, floor: float, unit: Tensor | None = None) -> Rows:
     """The rows of x (N, D), contiguous, with their inverse norms; writes the unit rows to ``unit`` (N, D) if given."""
     inverse = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    if x.shape[0]:
-        tile = row_tile(x.shape[1])
-        _rows.normalise_kernel[_row_grid(x, tile)](
-            x, inverse, unit, *x.shape, floor, WRITES_UNIT=unit is not None, **tile.options()
-        )
-    return Rows(x, inverse)
+    away = torch.zeros(1, dtype=torch.int64, device=x.device)
+    if not x.shape[0]:
+        return Rows(x, inverse, away)
+    shorter, tile = torch.empty_like(x), row_tile(x.shape[1])
+    distance = (shorter.data_ptr() - x.data_ptr()) // x.element_size()
+    _rows.normalise_kernel[_row_grid(x, tile)](
+        x, inverse, unit, away, distance, *x.shape, floor, WRITES_UNIT=unit is not None, **tile.options()
+    )
+    if x.dtype != torch.float16:  # none of whose rows is long
+        _rows.shorten_kernel[_row_grid(x, tile)](x, inverse, away, shorter, *x.shape, **tile.options())
+    return Rows(x, inverse, away, shorter)
 
 
-def scale_rows(x: Tensor, factor: Tensor) -> Tensor:
-    """``factor[:, None] · x`` in x's type, rounded once; (N, D), (N,) float32 -> (N, D)."""
-    scaled = torch.empty_like(x)
+def scale_rows(rows: Rows, factor: Tensor) -> Tensor:
+    """``factor[:, None]`` times the unit rows, in the rows' type, rounded once; (N, D), (N,) float32 -> (N, D)."""
+    x, scaled = rows.x, torch.empty_like(rows.x)
     tile = row_tile(x.shape[1])
-    _rows.scale_rows_kernel[_row_grid(x, tile)](x, factor, scaled, *x.shape, **tile.options())
+    _rows.scale_rows_kernel[_row_grid(x, tile)](x, rows.inverse, factor, scaled, *x.shape, **tile.options())
     return scaled
 
 
@@ -404,6 +416,7 @@ def hardest(
     options = {name: value for name, value in tile.options().items() if name != "BAND"}
     _hard_negatives.hard_negatives_kernel[(row_tiles, parts)](
         query_ptr=query.x,
+        query_away_ptr=query.away,
         query_inverse_ptr=query.inverse,
         best_ptr=best,
         num_rows=num_rows,
@@ -454,6 +467,7 @@ def paradigm_statistics(
         y_ptr=y.x,
         x_inverse_ptr=x.inverse,
         y_inverse_ptr=y.inverse,
+        away_ptr=x.away,
         hardest_ptr=by_row.value,
         nearest_ptr=by_row.place,
         column_hardest_ptr=None if by_column is None else by_column.value,
@@ -493,6 +507,7 @@ def paradigm_weights(
         y_ptr=y.x,
         x_inverse_ptr=x.inverse,
         y_inverse_ptr=y.inverse,
+        away_ptr=x.away,
         log_factor_ptr=log_factor,
         weights_ptr=out,
         hardest_ptr=by_row.value,

@@ -28,9 +28,45 @@ def load_negatives(bank_ptr, bank_row, has_row, dim, at, SUM_TYPE: tl.constexpr)
 
 
 @triton.jit
+def products(
+    unit_query_ptr, bank_ptr, row, bank_row, column, k, dim, shrinks,
+    SUM_TYPE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    """The row's similarities (k,) and its Gram matrix (k, k), of negatives times ``shrinks`` (k,)."""
+    similarity = tl.zeros((BLOCK_K,), dtype=SUM_TYPE)
+    gram = tl.zeros((BLOCK_K, BLOCK_K), dtype=SUM_TYPE)
+    for begin in range(0, dim, BLOCK_DIM):
+        at = begin + tl.arange(0, BLOCK_DIM)
+        negatives = load_negatives(bank_ptr, bank_row, column < k, dim, at, SUM_TYPE) * shrinks[:, None]
+        query = tl.load(unit_query_ptr + row * dim + at, mask=at < dim, other=0.0)
+        similarity += tl.sum(negatives * query[None, :], axis=1)
+        gram = tl.dot(negatives, tl.trans(negatives), acc=gram, input_precision="ieee", out_dtype=SUM_TYPE)
+    return similarity, gram
+
+
+@triton.jit
+def diagonal(gram, column):
+    return tl.sum(tl.where(column[:, None] == column[None, :], gram, 0.0), axis=1)
+
+
+@triton.jit
+def any_of(condition):
+    return tl.max(condition.to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def shared(weights, shrinks):
+    """The pairs' weights (pairs, k) for negatives times ``shrinks`` (k,), and (pairs,) what that makes of ‖g‖.
+
+    Of a long row and one that isn't, the mixture is made as short as the long one. A weight of 0 has no say in it.
+    """
+    of_both = tl.min(tl.where(weights != 0.0, shrinks[None, :], 1.0), axis=1)
+    return weights * (of_both[:, None] / shrinks[None, :]), of_both
+
+
+@triton.jit
 def cosine_kernel(
-    query_ptr,  # (N, dim)
-    query_inverse_ptr,  # (N,): 1 / ‖q‖, 0 for a zero row
+    unit_query_ptr,  # (N, dim) in SUM_TYPE
     bank_ptr,  # (B, dim)
     index_ptr,  # (N, k) int64
     pairs_ptr,  # (N, num_pairs, 2) int64
@@ -42,6 +78,8 @@ def cosine_kernel(
     dim,
     vanishing,  # of ‖g‖² relative to its parts
     floor,  # of ‖g‖²
+    MOST: tl.constexpr,  # squared lengths up to which a row is taken as it is
+    SHRINK: tl.constexpr,  # what a longer one is multiplied by
     SUM_TYPE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
@@ -51,35 +89,49 @@ def cosine_kernel(
     column = tl.arange(0, BLOCK_K)
     alpha = tl.load(alpha_ptr)
     bank_row = tl.load(index_ptr + row * k + column, mask=column < k, other=0)
-    similarity = tl.zeros((BLOCK_K,), dtype=SUM_TYPE)
-    gram = tl.zeros((BLOCK_K, BLOCK_K), dtype=SUM_TYPE)
-    for begin in range(0, dim, BLOCK_DIM):
-        at = begin + tl.arange(0, BLOCK_DIM)
-        negatives = load_negatives(bank_ptr, bank_row, column < k, dim, at, SUM_TYPE)
-        query = tl.load(query_ptr + row * dim + at, mask=at < dim, other=0.0).to(SUM_TYPE)
-        similarity += tl.sum(negatives * query[None, :], axis=1)
-        gram = tl.dot(negatives, tl.trans(negatives), acc=gram, input_precision="ieee", out_dtype=SUM_TYPE)
-
-    squares = tl.sum(tl.where(column[:, None] == column[None, :], gram, 0.0), axis=1)
-    query_inverse = tl.load(query_inverse_ptr + row)
+    shrinks = tl.full((BLOCK_K,), 1.0, dtype=SUM_TYPE)
+    similarity, gram = products(
+        unit_query_ptr, bank_ptr, row, bank_row, column, k, dim, shrinks, SUM_TYPE, BLOCK_K, BLOCK_DIM
+    )
+    squares = diagonal(gram, column)
+    is_long = (squares < tl.full((), MOST, SUM_TYPE)) == 0  # or NaN
+    if any_of(is_long):
+        shrinks = tl.where(is_long, tl.full((), SHRINK, SUM_TYPE), shrinks)
+        similarity, gram = products(
+            unit_query_ptr, bank_ptr, row, bank_row, column, k, dim, shrinks, SUM_TYPE, BLOCK_K, BLOCK_DIM
+        )
+        squares = diagonal(gram, column)
     for begin in range(0, num_pairs, BLOCK_PAIRS):
         at = begin + tl.arange(0, BLOCK_PAIRS)
         weights = pair_weights(pairs_ptr, row, num_pairs, at, column, alpha, SUM_TYPE)
+        weights, of_both = shared(weights, shrinks)
         reached = tl.dot(weights, gram, input_precision="ieee", out_dtype=SUM_TYPE)
         squared = tl.sum(weights * reached, axis=1)
         parts = tl.sum(weights * weights * squares[None, :], axis=1)
         along = tl.sum(weights * similarity[None, :], axis=1)
-        vanishes = (squared < vanishing * parts) | (squared < floor)
+        vanishes = (squared < vanishing * parts) | ((squared < floor) & (of_both == 1.0))
         inverse = tl.where(vanishes, 0.0, 1.0 / tl.sqrt(tl.where(vanishes, 1.0, squared)))
         place = row * num_pairs + at
-        tl.store(inverse_norm_ptr + place, inverse, mask=at < num_pairs)
-        tl.store(cosine_ptr + place, along * query_inverse * inverse, mask=at < num_pairs)
+        tl.store(inverse_norm_ptr + place, inverse * of_both, mask=at < num_pairs)
+        tl.store(cosine_ptr + place, along * inverse, mask=at < num_pairs)
+
+
+@triton.jit
+def has_long_mixture(
+    inverse_norm_ptr, row, num_pairs, MOST: tl.constexpr, SUM_TYPE: tl.constexpr, BLOCK_PAIRS: tl.constexpr
+):
+    """Whether a mixture may be so long that ‖g‖⁻² underflows."""
+    found = tl.zeros((BLOCK_PAIRS,), dtype=tl.int1)
+    for begin in range(0, num_pairs, BLOCK_PAIRS):
+        at = begin + tl.arange(0, BLOCK_PAIRS)
+        inverse = tl.load(inverse_norm_ptr + row * num_pairs + at, mask=at < num_pairs, other=0.0)
+        found |= (inverse > 0.0) & (inverse * tl.sqrt(tl.full((), MOST, SUM_TYPE)) < 16.0)
+    return any_of(found)
 
 
 @triton.jit
 def gradient_kernel(
-    query_ptr,  # (N, dim)
-    query_inverse_ptr,  # (N,)
+    unit_query_ptr,  # (N, dim) in SUM_TYPE
     bank_ptr,  # (B, dim)
     index_ptr,  # (N, k) int64
     pairs_ptr,  # (N, num_pairs, 2) int64
@@ -92,6 +144,8 @@ def gradient_kernel(
     k,
     num_pairs,
     dim,
+    MOST: tl.constexpr,  # squared lengths up to which a row is taken as it is
+    SHRINK: tl.constexpr,  # what a longer one is multiplied by
     SUM_TYPE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
@@ -102,13 +156,21 @@ def gradient_kernel(
     column = tl.arange(0, BLOCK_K)
     alpha = tl.load(alpha_ptr)
     bank_row = tl.load(index_ptr + row * k + column, mask=column < k, other=0)
+    shrinks = tl.full((BLOCK_K,), 1.0, dtype=SUM_TYPE)
+    if has_long_mixture(inverse_norm_ptr, row, num_pairs, MOST, SUM_TYPE, BLOCK_PAIRS):
+        _, gram = products(
+            unit_query_ptr, bank_ptr, row, bank_row, column, k, dim, shrinks, SUM_TYPE, BLOCK_K, BLOCK_DIM
+        )
+        fits = diagonal(gram, column) < tl.full((), MOST, SUM_TYPE)
+        shrinks = tl.where(fits, shrinks, tl.full((), SHRINK, SUM_TYPE))
     along = tl.zeros((BLOCK_K,), dtype=SUM_TYPE)
     across = tl.zeros((BLOCK_K, BLOCK_K), dtype=SUM_TYPE)
     for begin in range(0, num_pairs, BLOCK_PAIRS):
         at = begin + tl.arange(0, BLOCK_PAIRS)
         place, inside = row * num_pairs + at, at < num_pairs
         weights = pair_weights(pairs_ptr, row, num_pairs, at, column, alpha, SUM_TYPE)
-        inverse = tl.load(inverse_norm_ptr + place, mask=inside, other=0.0)
+        weights, of_both = shared(weights, shrinks)
+        inverse = tl.load(inverse_norm_ptr + place, mask=inside, other=0.0) / of_both
         upstream = tl.load(upstream_ptr + place, mask=inside, other=0.0).to(SUM_TYPE) * inverse
         curvature = upstream * tl.load(cosine_ptr + place, mask=inside, other=0.0) * inverse
         along += tl.sum(weights * upstream[:, None], axis=0)
@@ -116,17 +178,16 @@ def gradient_kernel(
             tl.trans(weights * curvature[:, None]), weights, acc=across, input_precision="ieee", out_dtype=SUM_TYPE
         )
 
-    query_inverse = tl.load(query_inverse_ptr + row)
     for begin in range(0, dim, BLOCK_DIM):
         at = begin + tl.arange(0, BLOCK_DIM)
-        negatives = load_negatives(bank_ptr, bank_row, column < k, dim, at, SUM_TYPE)
+        negatives = load_negatives(bank_ptr, bank_row, column < k, dim, at, SUM_TYPE) * shrinks[:, None]
         if unit_grad_ptr is not None:
             tl.store(unit_grad_ptr + row * dim + at, tl.sum(along[:, None] * negatives, axis=0), mask=at < dim)
         if addition_ptr is not None:
-            query = tl.load(query_ptr + row * dim + at, mask=at < dim, other=0.0).to(SUM_TYPE) * query_inverse
+            query = tl.load(unit_query_ptr + row * dim + at, mask=at < dim, other=0.0)
             pulled = tl.dot(across, negatives, input_precision="ieee", out_dtype=SUM_TYPE)
             tl.store(
                 addition_ptr + (row * k + column[:, None]) * dim + at[None, :],
-                along[:, None] * query[None, :] - pulled,
+                (along[:, None] * query[None, :] - pulled) * shrinks[:, None],
                 mask=(column < k)[:, None] & (at < dim)[None, :],
             )

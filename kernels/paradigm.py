@@ -64,6 +64,7 @@ def statistics_kernel(
     y_ptr,  # (num_cols, dim) unit rows
     x_inverse_ptr,  # (num_rows,) ones
     y_inverse_ptr,  # (num_cols,) ones
+    away_ptr,  # (1,) int64 zero: unit rows are read where they are
     hardest_ptr,  # out (column tiles, num_rows) the largest similarity
     nearest_ptr,  # out (column tiles, num_rows) int32 its column
     column_hardest_ptr,  # out (row tiles, num_cols)
@@ -87,8 +88,8 @@ def statistics_kernel(
     rows = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     s = similarities(
-        x_ptr, y_ptr, x_inverse_ptr, y_inverse_ptr, rows, cols, num_rows, num_cols, dim,
-        BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION,
+        x_ptr, y_ptr, away_ptr, away_ptr, x_inverse_ptr, y_inverse_ptr,
+        rows, cols, num_rows, num_cols, dim, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION,
     )  # fmt: skip
     own = first_row + rows
     counts = (rows < num_rows)[:, None] & (cols < num_cols)[None, :] & (cols[None, :] != own[:, None])
@@ -107,6 +108,7 @@ def weights_kernel(
     y_ptr,  # (num_cols, dim) unit rows
     x_inverse_ptr,  # (num_rows,) ones
     y_inverse_ptr,  # (num_cols,) ones
+    away_ptr,  # (1,) int64 zero: unit rows are read where they are
     log_factor_ptr,  # (num_rows,)
     weights_ptr,  # out (num_rows, num_cols), 0 on the diagonal
     hardest_ptr,  # out (column tiles, num_rows)
@@ -129,8 +131,8 @@ def weights_kernel(
     rows = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     s = similarities(
-        x_ptr, y_ptr, x_inverse_ptr, y_inverse_ptr, rows, cols, num_rows, num_cols, dim,
-        BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION,
+        x_ptr, y_ptr, away_ptr, away_ptr, x_inverse_ptr, y_inverse_ptr,
+        rows, cols, num_rows, num_cols, dim, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION,
     )  # fmt: skip
     inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
     counts = inside & (cols[None, :] != (first_row + rows)[:, None])

@@ -26,11 +26,36 @@ def store_rows(ptr, row, inside, dim, values, BLOCK_DIM: tl.constexpr):
     tl.store(ptr + row.to(tl.int64)[:, None] * dim + at[None, :], values.to(ptr.dtype.element_ty), mask=mask)
 
 
+# What is done to a row whose squared length would leave float32's range, here and in csrc/cuda/norm.cuh.
+MOST_SQUARED = tl.constexpr(2.0**126)
+SHRINK = tl.constexpr(2.0**-80)
+GROW = tl.constexpr(2.0**80)
+LONG = tl.constexpr(2.0**-63)  # 1 / ‖x‖ of rows that are longer
+
+
+@triton.jit
+def is_long(inverse):
+    """Whether rows of these inverse norms are to be multiplied by SHRINK before they are multiplied by each other.
+
+    A zero row's 0 and NaN aren't.
+    """
+    return (inverse > 0.0) & (inverse < LONG)
+
+
+@triton.jit
+def scaled_unit(x, inverse, factor):
+    """``factor · inverse · x``, of which a long row's first two might make too small a number."""
+    apart = is_long(inverse)
+    return x * (inverse * tl.where(apart, 1.0, factor))[:, None] * tl.where(apart, factor, 1.0)[:, None]
+
+
 @triton.jit
 def normalise_kernel(
     x_ptr,  # (num_rows, dim)
     inverse_ptr,  # out (num_rows,) 1 / max(‖x‖, floor), 0 for a zero row
     unit_ptr,  # out (num_rows, dim)
+    away_ptr,  # out (1,) int64, 0 before: ``distance``, where a row is long
+    distance: tl.int64,
     num_rows,
     dim,
     floor,
@@ -41,18 +66,45 @@ def normalise_kernel(
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = rows < num_rows
     x = load_rows(x_ptr, rows, inside, dim, BLOCK_DIM)
+    squared = tl.sum(x * x, axis=1)
+    shrink = tl.where(squared < MOST_SQUARED, 1.0, SHRINK)  # NaN too
+    x *= shrink[:, None]
     norm = tl.sqrt(tl.sum(x * x, axis=1))
-    inverse = tl.where(norm == 0.0, 0.0, 1.0 / tl.maximum(norm, floor))
-    tl.store(inverse_ptr + rows, inverse, mask=inside)
+    # Squares vanish where a row below the floor isn't zero. An infinite norm's factor is NaN: 0 would hide it.
+    is_zero = (squared == 0.0) & (tl.max(tl.abs(x), axis=1) == 0.0)
+    inverse = tl.where(is_zero, 0.0, 1.0 / tl.maximum(norm, floor * shrink) + (norm - norm))
+    tl.store(inverse_ptr + rows, inverse * shrink, mask=inside)
+    tl.store(away_ptr, distance, mask=tl.max((inside & is_long(inverse * shrink)).to(tl.int32), axis=0) > 0)
     if WRITES_UNIT:
         store_rows(unit_ptr, rows, inside, dim, x * inverse[:, None], BLOCK_DIM)
 
 
 @triton.jit
+def shorten_kernel(
+    x_ptr,  # (num_rows, dim)
+    inverse_ptr,  # (num_rows,)
+    away_ptr,  # (1,) int64
+    shorter_ptr,  # out (num_rows, dim): the rows, long ones times SHRINK; left as it is where none is long
+    num_rows,
+    dim,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    if tl.load(away_ptr) != 0:
+        rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        inside = rows < num_rows
+        inverse = tl.load(inverse_ptr + rows, mask=inside, other=0.0)
+        shrink = tl.where(is_long(inverse), SHRINK, 1.0)
+        x = load_rows(x_ptr, rows, inside, dim, BLOCK_DIM)
+        store_rows(shorter_ptr, rows, inside, dim, x * shrink[:, None], BLOCK_DIM)
+
+
+@triton.jit
 def scale_rows_kernel(
     x_ptr,  # (num_rows, dim)
+    inverse_ptr,  # (num_rows,)
     factor_ptr,  # (num_rows,)
-    scaled_ptr,  # out (num_rows, dim)
+    scaled_ptr,  # out (num_rows, dim): of the unit rows
     num_rows,
     dim,
     BLOCK_ROWS: tl.constexpr,
@@ -61,8 +113,9 @@ def scale_rows_kernel(
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = rows < num_rows
     factor = tl.load(factor_ptr + rows, mask=inside, other=0.0)
+    inverse = tl.load(inverse_ptr + rows, mask=inside, other=0.0)
     x = load_rows(x_ptr, rows, inside, dim, BLOCK_DIM)
-    store_rows(scaled_ptr, rows, inside, dim, x * factor[:, None], BLOCK_DIM)
+    store_rows(scaled_ptr, rows, inside, dim, scaled_unit(x, inverse, factor), BLOCK_DIM)
 
 
 @triton.jit
@@ -87,6 +140,10 @@ def positive_kernel(
     key = load_rows(key_ptr, target, exists, dim, BLOCK_DIM)
     query_inverse = tl.load(query_inverse_ptr + rows, mask=inside, other=0.0)
     key_inverse = tl.load(key_inverse_ptr + target, mask=exists, other=float("nan"))
+    query *= tl.where(is_long(query_inverse), SHRINK, 1.0)[:, None]
+    key *= tl.where(is_long(key_inverse), SHRINK, 1.0)[:, None]
+    query_inverse *= tl.where(is_long(query_inverse), GROW, 1.0)
+    key_inverse *= tl.where(is_long(key_inverse), GROW, 1.0)
     tl.store(positive_ptr + rows, tl.sum(query * key, axis=1) * query_inverse * key_inverse, mask=inside)
 
 
@@ -104,7 +161,7 @@ def add_partner(
     """``grad + coefficient · partner's unit row``, where there is a partner."""
     x = load_rows(partner_ptr, partner, exists, dim, BLOCK_DIM)
     inverse = tl.load(partner_inverse_ptr + partner, mask=exists, other=0.0)
-    return grad + x * (coefficient * inverse)[:, None]
+    return grad + scaled_unit(x, inverse, coefficient)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ gradient of a small loss.
 # ruff: noqa: N803
 import triton
 import triton.language as tl
+from hicl_fast.kernels.rows import GROW, is_long
 
 # What a row's special column is.
 NOTHING = tl.constexpr(0)
@@ -44,9 +45,17 @@ def tile_of_program(num_rows, num_cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl
 
 
 @triton.jit
+def inverse_of_operand(inverse):
+    """Of rows that are made shorter where they are long."""
+    return inverse * tl.where(is_long(inverse), GROW, 1.0)
+
+
+@triton.jit
 def similarities(
     query_ptr,  # (num_rows, dim)
     key_ptr,  # (num_cols, dim)
+    query_away_ptr,  # (1,) int64: how many elements away the rows are to be read; 0 unless some are long
+    key_away_ptr,  # (1,) int64
     query_inverse_ptr,  # (num_rows,) 1 / ‖q‖
     key_inverse_ptr,  # (num_cols,)
     rows,
@@ -63,8 +72,10 @@ def similarities(
     row = tl.minimum(rows, num_rows - 1).to(tl.int64)
     col = tl.minimum(cols, num_cols - 1).to(tl.int64)
     depth = tl.arange(0, BLOCK_DEPTH)
-    query_ptrs = query_ptr + row[:, None] * dim + depth[None, :]
-    key_ptrs = key_ptr + col[None, :] * dim + depth[:, None]
+    # Memory that is copied to begins at multiples of what the compiler may take for granted of the pointers.
+    query_away, key_away = tl.multiple_of(tl.load(query_away_ptr), 16), tl.multiple_of(tl.load(key_away_ptr), 16)
+    query_ptrs = (query_ptr + query_away) + row[:, None] * dim + depth[None, :]
+    key_ptrs = (key_ptr + key_away) + col[None, :] * dim + depth[:, None]
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
     for start in range(0, dim, BLOCK_DEPTH):
         inside = depth < dim - start
@@ -73,8 +84,8 @@ def similarities(
         total = tl.dot(query, key, total, input_precision=PRECISION)
         query_ptrs += BLOCK_DEPTH
         key_ptrs += BLOCK_DEPTH
-    query_inverse = tl.load(query_inverse_ptr + row)
-    key_inverse = tl.load(key_inverse_ptr + col)
+    query_inverse = inverse_of_operand(tl.load(query_inverse_ptr + row))
+    key_inverse = inverse_of_operand(tl.load(key_inverse_ptr + col))
     return total * query_inverse[:, None] * key_inverse[None, :]
 
 
@@ -103,6 +114,8 @@ def store_sums(partials_ptr, plane_stride, plane, col_tile, rows, num_rows, valu
 def exp_kernel(
     query_ptr,  # (num_rows, dim)
     key_ptr,  # (num_cols, dim)
+    query_away_ptr,  # (1,) int64
+    key_away_ptr,  # (1,) int64
     query_inverse_ptr,  # (num_rows,)
     key_inverse_ptr,  # (num_cols,)
     scale_ptr,  # (1,)
@@ -133,8 +146,8 @@ def exp_kernel(
     rows = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     s = similarities(
-        query_ptr, key_ptr, query_inverse_ptr, key_inverse_ptr, rows, cols, num_rows, num_cols, dim,
-        BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION,
+        query_ptr, key_ptr, query_away_ptr, key_away_ptr, query_inverse_ptr, key_inverse_ptr,
+        rows, cols, num_rows, num_cols, dim, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION,
     )  # fmt: skip
     counts = (cols < num_cols)[None, :]
     logits = s * tl.load(scale_ptr)
@@ -171,6 +184,8 @@ def sum_of_exp(logits, counts, AXIS: tl.constexpr):
 def statistics_kernel(
     query_ptr,  # (num_rows, dim)
     key_ptr,  # (num_cols, dim)
+    query_away_ptr,  # (1,) int64
+    key_away_ptr,  # (1,) int64
     query_inverse_ptr,  # (num_rows,)
     key_inverse_ptr,  # (num_cols,)
     scale_ptr,  # (1,)
@@ -200,8 +215,8 @@ def statistics_kernel(
     rows = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     s = similarities(
-        query_ptr, key_ptr, query_inverse_ptr, key_inverse_ptr, rows, cols, num_rows, num_cols, dim,
-        BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION,
+        query_ptr, key_ptr, query_away_ptr, key_away_ptr, query_inverse_ptr, key_inverse_ptr,
+        rows, cols, num_rows, num_cols, dim, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION,
     )  # fmt: skip
     counts = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
     logits = s * tl.load(scale_ptr)
@@ -235,6 +250,8 @@ def statistics_kernel(
 def slope_kernel(
     query_ptr,  # (num_rows, dim)
     key_ptr,  # (num_cols, dim)
+    query_away_ptr,  # (1,) int64
+    key_away_ptr,  # (1,) int64
     query_inverse_ptr,  # (num_rows,)
     key_inverse_ptr,  # (num_cols,)
     scale_ptr,  # (1,)
@@ -268,8 +285,8 @@ def slope_kernel(
     rows = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     s = similarities(
-        query_ptr, key_ptr, query_inverse_ptr, key_inverse_ptr, rows, cols, num_rows, num_cols, dim,
-        BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION,
+        query_ptr, key_ptr, query_away_ptr, key_away_ptr, query_inverse_ptr, key_inverse_ptr,
+        rows, cols, num_rows, num_cols, dim, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION,
     )  # fmt: skip
     logits = s * tl.load(scale_ptr)
     if SPECIAL == OWN_NEGATIVE:

@@ -29,7 +29,7 @@ class BlockMixing {
   BlockMixing(const MixingRules& rules, Matrix<const T> query, const UnitRows<T>& keys, int64_t block_rows,
               Workspace& workspace)
       : s_{query.data, keys.row(0), rules.index, rules.pairs, query.rows, keys.count(), query.columns, rules.k,
-           rules.num_mixed, T(rules.alpha), T(1 - rules.alpha)},
+           rules.num_mixed, T(rules.alpha), T(1 - rules.alpha), keys.shrinks()},
         index_(rules.index), additions_(s_, block_rows, workspace), radial_(block_rows * s_.k), kept_(keys.count()) {}
   // Of the workspace.
   static int64_t bytes(const std::optional<MixingRules>& rules, int64_t block_rows) {
@@ -78,14 +78,14 @@ class BlockMixing {
       // n_a · ∂/∂n_a and n_b · ∂/∂n_b are each other's negatives, since a cosine doesn't change with the length of g. But
       // what is rounding beside a long n_a's part can be more than all of a short n_b's: each is computed by itself.
       for (int64_t p = 0; p < s.m; ++p) {
-        const int64_t a = s.pair(i, p)[0], b = s.pair(i, p)[1];
+        const Mixture<T> mixed = s.mixture(i, p);
         const T inverse = inverse_norm_[p], u = factor * upstream[p] * inverse, v = cosine_[p] * inverse;
         const auto along = [&](int64_t c) {
           return query_factor * products_.similarity(c) -
-                 v * (s.alpha * products_.gram(a, c) + s.beta * products_.gram(b, c));
+                 v * (mixed.alpha * products_.gram(mixed.a, c) + mixed.beta * products_.gram(mixed.b, c));
         };
-        radial[a] += s.alpha * u * along(a);
-        radial[b] += s.beta * u * along(b);
+        radial[mixed.a] += mixed.alpha * u * along(mixed.a);
+        radial[mixed.b] += mixed.beta * u * along(mixed.b);
       }
     }
 

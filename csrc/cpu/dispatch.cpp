@@ -1,6 +1,8 @@
-// Chooses the row kernels by the processor, once.
+// Chooses the row kernels by the processor, once; HICL_FAST_CPU asks for a narrower set that it has.
+#include <torch/csrc/stable/ops.h>
+
 #include <cstdlib>
-#include <cstring>
+#include <string>
 
 #include "rows.h"
 
@@ -8,7 +10,7 @@ namespace hicl {
 namespace {
 
 enum Level { kPlain, kAvx2, kAvx512 };
-constexpr const char* kNames[] = {"default", "avx2", "avx512"};
+constexpr const char* kNames[] = {"plain", "avx2", "avx512"};
 
 Level hardware_level() {
 #if defined(__x86_64__)
@@ -26,12 +28,22 @@ Level level() {
   static const Level chosen = [] {
     const Level hardware = hardware_level();
     const char* asked = std::getenv("HICL_FAST_CPU");
-    for (int l = kPlain; asked && l < hardware; ++l)
-      if (!std::strcmp(asked, kNames[l])) return Level(l);
-    return hardware;
+    if (!asked || !*asked) return hardware;
+    for (int l = kPlain; l <= hardware; ++l)
+      if (std::string(asked) == kNames[l]) return Level(l);
+    STD_TORCH_CHECK(false, "HICL_FAST_CPU: expected one of ", cpu_capabilities(), ", which this processor has, got ", asked);
   }();
   return chosen;
 }
+
+}  // namespace
+
+const char* cpu_capabilities() {
+  static const char* kUpTo[] = {"plain", "plain avx2", "plain avx2 avx512"};
+  return kUpTo[hardware_level()];
+}
+
+namespace {
 
 template <typename T>
 const RowKernels<T>& pick(const RowKernels<T>& plain, const RowKernels<T>& avx2, const RowKernels<T>& avx512) {

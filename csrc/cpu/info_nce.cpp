@@ -105,6 +105,7 @@ Result info_nce(const Tensor& query, const Tensor& key, const OptionalTensor& ta
 }
 
 std::string capability() { return cpu_capability(); }
+std::string capabilities() { return cpu_capabilities(); }
 
 }  // namespace
 
@@ -117,8 +118,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hicl_fast_cpp, m) {
       "Tensor query_grad, Tensor key_grad, Tensor negatives_grad, Tensor extra_logits_grad, Tensor scale_grad, "
       "Tensor hard_negatives)");
   m.def("capability() -> str");
+  m.def("capabilities() -> str");
 }
 STABLE_TORCH_LIBRARY_IMPL(hicl_fast_cpp, CPU, m) { m.impl("info_nce", TORCH_BOX(&info_nce)); }
-STABLE_TORCH_LIBRARY_IMPL(hicl_fast_cpp, CompositeExplicitAutograd, m) { m.impl("capability", TORCH_BOX(&capability)); }
+STABLE_TORCH_LIBRARY_IMPL(hicl_fast_cpp, CompositeExplicitAutograd, m) {
+  m.impl("capability", TORCH_BOX(&capability));
+  m.impl("capabilities", TORCH_BOX(&capabilities));
+}
 
 }  // namespace hicl

@@ -72,6 +72,7 @@ void Sweep<T>::finish_query_gradient(int64_t first, int64_t count, T* query_grad
     const double radial = unit_query_.has_constant_norm(i) ? 0.0 : -along;
     k_.combine(gradient, T(factor), T(factor * positive_entry_[r]) * keys.factor(j), keys.row(j), T(factor * radial),
                unit_query, d);
+    if (unit_query_.shrink(i) != 1) k_.scale(gradient, unit_query_.shrink(i), gradient, d);
   });
 }
 

@@ -3,7 +3,7 @@
 // A block's logits (R, C), every column of R rows, are the largest thing there is. For each block: one product gives
 // the raw similarities; each row, in cache, goes from similarities to softmax to ∂loss/∂similarity; two products add to
 // the gradients. That is 6 N C D operations, three matrix products, and two passes over R × C elements in cache.
-// Inputs are never copied into normalised form: the keys' factors 1/‖k‖ go into the logits and into ∂loss/∂similarity;
+// Inputs are not copied into normalised form (too long rows apart, unit_rows.h): the keys' factors 1/‖k‖ go into the logits and into ∂loss/∂similarity;
 // a row's weight · probability factor goes into the small operand of the products, not over its C elements.
 //
 // The symmetric loss must see every row of a column before the column's softmax is known: it sweeps twice, 8 N C D,
@@ -36,7 +36,9 @@ template <typename T>
 class Sweep {
  public:
   Sweep(Matrix<const T> query, const Rules& rules, const Outputs<T>& out, Wanted wanted)
-      : query_(query), unit_query_(query.data, query.rows, query.columns), rules_(rules), out_(out), wanted_(wanted) {}
+      : query_(query), unit_query_(query.data, query.rows, query.columns), rules_(rules), out_(out), wanted_(wanted) {
+    query_.data = unit_query_.row(0);
+  }
 
   void add_segment(const T* rows, int64_t count, T* gradient) {
     if (count == 0 && !segments_.empty()) return;

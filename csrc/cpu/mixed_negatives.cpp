@@ -2,8 +2,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cmath>
+#include <atomic>
 #include <limits>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -33,25 +34,55 @@ TensorChecks check_candidates(const char* op, const Tensor& query, const Tensor&
   return check;
 }
 
+// The candidates, their queries' factors, and the bank's where it has long rows: to know that takes a pass over the whole
+// bank, of which few rows may be candidates.
 template <typename T>
-Candidates<T> candidates(const Tensor& query, const Tensor& bank, const Tensor& index, const Tensor& pairs, double alpha) {
-  return {query.const_data_ptr<T>(), bank.const_data_ptr<T>(), index.const_data_ptr<int64_t>(),
-          pairs.const_data_ptr<int64_t>(), query.size(0), bank.size(0), query.size(1), index.size(1), pairs.size(1),
-          T(alpha), T(1 - alpha)};
+struct Mixed {
+  UnitRows<T> unit;
+  std::optional<UnitRows<T>> bank;
+  Candidates<T> candidates;
+
+  Mixed(const Tensor& query, const Tensor& rows, const Tensor& index, const Tensor& pairs, double alpha)
+      : unit(query.const_data_ptr<T>(), query.size(0), query.size(1)),
+        candidates{unit.row(0), rows.const_data_ptr<T>(), index.const_data_ptr<int64_t>(), pairs.const_data_ptr<int64_t>(),
+                   query.size(0), rows.size(0), query.size(1), index.size(1), pairs.size(1), T(alpha), T(1 - alpha)} {}
+  Mixed(const Mixed&) = delete;
+
+  void shorten_bank() {
+    bank.emplace(candidates.bank, candidates.num_bank, candidates.d);
+    candidates.bank = bank->row(0), candidates.shrink = bank->shrinks();
+  }
+};
+
+// A mixture whose 1 / ‖g‖ is smaller may have a square that leaves the type's range. NaN is none.
+template <typename T>
+bool any_is_long(const T* inverse_norm, int64_t count) {
+  constexpr T kShortest = power_of_two<T>(4 - std::numeric_limits<T>::max_exponent / 2);
+  return std::any_of(inverse_norm, inverse_norm + count, [](T x) { return x > 0 && x < kShortest; });
 }
 
 template <typename T>
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& bank, const Tensor& index, const Tensor& pairs,
                                    double alpha) {
-  const Candidates<T> s = candidates<T>(query, bank, index, pairs, alpha);
+  Mixed<T> mixed(query, bank, index, pairs, alpha);
+  const Candidates<T>& s = mixed.candidates;
   Tensor cosine = new_tensor<T>({s.n, s.m}), inverse_norm = new_tensor<T>({s.n, s.m});
   T *cosines = data<T>(cosine), *inverses = data<T>(inverse_norm);
-  const UnitRows<T> unit(s.query, s.n, s.d);
-  torch::stable::parallel_for(0, s.n, rows_per_thread(s.d * (s.k + s.m)), [&](int64_t begin, int64_t end) {
+  std::atomic<bool> fits(true);
+  const auto each_row = [&](int64_t begin, int64_t end) {
     Products<T> products(s);
-    for (int64_t i = begin; i < end; ++i)
-      mix(s, i, unit.factor(i), products, cosines + i * s.m, inverses + i * s.m);
-  });
+    for (int64_t i = begin; i < end; ++i) {
+      if (!mix(s, i, mixed.unit.factor(i), products, cosines + i * s.m, inverses + i * s.m))
+        fits.store(false, std::memory_order_relaxed);
+      for (int64_t p = 0; s.shrink && p < s.m; ++p) inverses[i * s.m + p] /= s.lengthening(i, p);
+    }
+  };
+  const int64_t rows = rows_per_thread(s.d * (s.k + s.m));
+  torch::stable::parallel_for(0, s.n, rows, each_row);
+  if (!fits) {
+    mixed.shorten_bank();
+    torch::stable::parallel_for(0, s.n, rows, each_row);
+  }
   return {cosine, inverse_norm};
 }
 
@@ -59,13 +90,15 @@ template <typename T>
 std::tuple<Tensor, Tensor> backward(const Tensor& query, const Tensor& bank, const Tensor& index, const Tensor& pairs,
                                     double alpha, const Tensor& cosine, const Tensor& inverse_norm,
                                     const Tensor& upstream, bool want_query, bool want_bank, int64_t term_bytes) {
-  const Candidates<T> s = candidates<T>(query, bank, index, pairs, alpha);
+  Mixed<T> mixed(query, bank, index, pairs, alpha);
+  const Candidates<T>& s = mixed.candidates;
   Tensor query_grad = want_query ? new_tensor<T>({s.n, s.d}) : new_tensor<T>({0});
   Tensor bank_grad = want_bank ? new_tensor<T>({s.num_bank, s.d}) : new_tensor<T>({0});
   T *dq = data<T>(query_grad), *db = data<T>(bank_grad);
   const T *cosines = cosine.const_data_ptr<T>(), *inverses = inverse_norm.const_data_ptr<T>();
   const T* u = upstream.const_data_ptr<T>();
-  const UnitRows<T> unit(s.query, s.n, s.d);
+  if (any_is_long(inverses, s.n * s.m)) mixed.shorten_bank();
+  const UnitRows<T>& unit = mixed.unit;
   const RowKernels<T>& kernels = row_kernels<T>();
 
   if (want_bank) std::fill(db, db + s.num_bank * s.d, T(0));
@@ -78,8 +111,10 @@ std::tuple<Tensor, Tensor> backward(const Tensor& query, const Tensor& bank, con
     torch::stable::parallel_for(first, last, rows_per_thread(s.d * s.k), [&](int64_t begin, int64_t end) {
       Coefficients<T> coefficients;
       std::vector<const T*> negatives(s.k);
+      std::vector<T> inverse(s.m);
       for (int64_t i = begin; i < end; ++i) {
-        coefficients.gather(s, i, cosines + i * s.m, inverses + i * s.m, u + i * s.m);
+        for (int64_t p = 0; p < s.m; ++p) inverse[p] = inverses[i * s.m + p] * s.lengthening(i, p);
+        coefficients.gather(s, i, cosines + i * s.m, inverse.data(), u + i * s.m);
         if (want_bank) additions.list(i, i - first, coefficients, T(1), unit.factor(i));
         if (!want_query) continue;
         T* gradient = dq + i * s.d;
@@ -94,6 +129,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& query, const Tensor& bank, con
     });
     if (want_bank) add_in_order(s, additions, first, last, db);
   });
+  if (want_bank && s.shrink)
+    for (int64_t j = 0; j < s.num_bank; ++j) kernels.scale(db + j * s.d, s.shrink[j], db + j * s.d, s.d);
   return {query_grad, bank_grad};
 }
 

@@ -21,6 +21,13 @@ constexpr int64_t kTermBytes = 4 << 20;  // of what is listed at a time to be ad
 template <typename T>
 constexpr T kVanishing = 16 * std::numeric_limits<T>::epsilon();
 
+// The mixture α n_a + β n_b, or a multiple of it. `least` is the square below which its length counts as zero.
+template <typename T>
+struct Mixture {
+  int64_t a, b;
+  T alpha, beta, least;
+};
+
 // Where each row's hard negatives are, and which of them are mixed.
 template <typename T>
 struct Candidates {
@@ -28,11 +35,27 @@ struct Candidates {
   const int64_t *index, *pairs;  // (N, k), (N, m, 2)
   int64_t n, num_bank, d, k, m;
   T alpha, beta;
+  const T* shrink = nullptr;  // (B,) what the bank's rows have been multiplied by; null: they are as they came
 
   const T* query_row(int64_t i) const { return query + i * d; }
   int64_t bank_index(int64_t i, int64_t c) const { return index[i * k + c]; }
   const T* negative(int64_t i, int64_t c) const { return bank + bank_index(i, c) * d; }
   const int64_t* pair(int64_t i, int64_t p) const { return pairs + (i * m + p) * 2; }
+  // Of a long row and one that isn't, the mixture is made as short as the long one has been made.
+  Mixture<T> mixture(int64_t i, int64_t p) const {
+    const int64_t a = pair(i, p)[0], b = pair(i, p)[1];
+    constexpr T kLeast = T(kNormFloor * kNormFloor);
+    if (!shrink) return {a, b, alpha, beta, kLeast};
+    const T of_a = alpha == 0 ? T(1) : shrink[bank_index(i, a)], of_b = beta == 0 ? T(1) : shrink[bank_index(i, b)];
+    const T of_both = std::min(of_a, of_b);
+    return {a, b, alpha * (of_both / of_a), beta * (of_both / of_b), of_both == 1 ? kLeast : T(0)};
+  }
+  // ‖g‖ of a mixture as it is, divided by that as `mixture` gives it.
+  T lengthening(int64_t i, int64_t p) const {
+    if (!shrink) return 1;
+    const Mixture<T> taken = mixture(i, p);
+    return taken.least == 0 ? 1 / Squares<T>::kShrink : T(1);
+  }
 };
 
 // n_a · n_b and q · n_a of one row, those that its pairs ask for.
@@ -76,22 +99,26 @@ class Products {
   std::vector<T> result_;
 };
 
-// Row i's m cosines, and 1 / ‖g‖ of its mixtures; 0 for a mixture that vanishes. `query_factor` is 1 / ‖q_i‖.
+// Row i's m cosines, and 1 / ‖g‖ of its mixtures as they are taken; 0 for one that vanishes. `query_factor` is 1 / ‖q_i‖.
+// Returns whether all squares stayed within the type's range.
 template <typename T>
-void mix(const Candidates<T>& s, int64_t i, T query_factor, Products<T>& products, T* cosine, T* inverse_norm) {
+bool mix(const Candidates<T>& s, int64_t i, T query_factor, Products<T>& products, T* cosine, T* inverse_norm) {
   products.compute(i);
+  bool fits = true;
   for (int64_t p = 0; p < s.m; ++p) {
-    const int64_t a = s.pair(i, p)[0], b = s.pair(i, p)[1];
-    const T parts = s.alpha * s.alpha * products.gram(a, a) + s.beta * s.beta * products.gram(b, b);
-    const T squared = parts + 2 * s.alpha * s.beta * products.gram(a, b);
-    const bool vanishes = squared < std::max(kVanishing<T> * parts, T(kNormFloor * kNormFloor));
+    const auto [a, b, alpha, beta, least] = s.mixture(i, p);
+    const T parts = alpha * alpha * products.gram(a, a) + beta * beta * products.gram(b, b);
+    const T squared = parts + 2 * alpha * beta * products.gram(a, b);
+    fits &= parts < Squares<T>::kMost;
+    const bool vanishes = squared < std::max(kVanishing<T> * parts, least);
     inverse_norm[p] = vanishes ? std::numeric_limits<T>::infinity() : squared;
-    cosine[p] = query_factor * (s.alpha * products.similarity(a) + s.beta * products.similarity(b));
+    cosine[p] = query_factor * (alpha * products.similarity(a) + beta * products.similarity(b));
   }
   for (int64_t p = 0; p < s.m; ++p) {  // by itself, so that the compiler makes vectors of it
     inverse_norm[p] = 1 / std::sqrt(inverse_norm[p]);
     cosine[p] *= inverse_norm[p];
   }
+  return fits;
 }
 
 // ∂L/∂n_c = c_c q̂ − Σ_e M_ce n_e and ∂L/∂q̂ = Σ_c c_c n_c, where with w_pc = α [c = a_p] + (1−α) [c = b_p]
@@ -105,14 +132,14 @@ struct Coefficients {
     along.assign(s.k, T(0));
     across.assign(s.k * s.k, T(0));
     for (int64_t p = 0; p < s.m; ++p) {
-      const int64_t a = s.pair(i, p)[0], b = s.pair(i, p)[1];
+      const auto [a, b, alpha, beta, least] = s.mixture(i, p);
       const T u = upstream[p] * inverse_norm[p], v = u * cosine[p] * inverse_norm[p];
-      along[a] += s.alpha * u;
-      along[b] += s.beta * u;
-      across[a * s.k + a] += s.alpha * s.alpha * v;
-      across[b * s.k + b] += s.beta * s.beta * v;
-      across[a * s.k + b] += s.alpha * s.beta * v;
-      across[b * s.k + a] += s.alpha * s.beta * v;
+      along[a] += alpha * u;
+      along[b] += beta * u;
+      across[a * s.k + a] += alpha * alpha * v;
+      across[b * s.k + b] += beta * beta * v;
+      across[a * s.k + b] += alpha * beta * v;
+      across[b * s.k + a] += alpha * beta * v;
     }
   }
 };

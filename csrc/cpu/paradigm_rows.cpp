@@ -23,23 +23,26 @@ template <typename T>
 Views run_views(const Tensor& u, const Tensor& v) {
   const int64_t n = u.size(0), d = u.size(1);
   Tensor unit_u = new_tensor<T>({n, d}), unit_v = new_tensor<T>({n, d});
-  Tensor u_norm = new_tensor<T>({n}), v_norm = new_tensor<T>({n}), positive = new_tensor<T>({n});
+  Tensor u_factor = new_tensor<T>({n}), v_factor = new_tensor<T>({n}), positive = new_tensor<T>({n});
   const T* from[] = {u.const_data_ptr<T>(), v.const_data_ptr<T>()};
   T* to[] = {data<T>(unit_u), data<T>(unit_v)};
-  T* norm[] = {data<T>(u_norm), data<T>(v_norm)};
+  T* factor[] = {data<T>(u_factor), data<T>(v_factor)};
   T* similarity = data<T>(positive);
   const RowKernels<T>& k = row_kernels<T>();
   torch::stable::parallel_for(0, n, rows_per_thread(2 * d), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       for (int view = 0; view < 2; ++view) {
         const T* row = from[view] + i * d;
-        norm[view][i] = std::sqrt(k.dot(row, row, d));
-        k.scale(row, unit_factor(norm[view][i]), to[view] + i * d, d);
+        T* unit = to[view] + i * d;
+        const auto [norm, shrink] = length(row, d);
+        if (shrink != 1) k.scale(row, shrink, unit, d), row = unit;
+        k.scale(row, unit_factor<T>(norm), unit, d);
+        factor[view][i] = unit_factor<T>(norm) * shrink;
       }
       similarity[i] = k.dot(to[0] + i * d, to[1] + i * d, d);
     }
   });
-  return {unit_u, unit_v, u_norm, v_norm, positive};
+  return {unit_u, unit_v, u_factor, v_factor, positive};
 }
 
 // factor_j · rows[source_j], a part of the gradient of row target_j; j where there is no source or target.
@@ -93,12 +96,12 @@ using Tensors = std::vector<Tensor>;
 using OptionalTensors = std::vector<OptionalTensor>;
 
 template <typename T>
-Tensor run_gradient(const Tensor& unit, const Tensor& norm, const Tensors& rows, const Tensors& factors,
+Tensor run_gradient(const Tensor& unit, const Tensor& unit_factors, const Tensors& rows, const Tensors& factors,
                     const OptionalTensors& sources, const OptionalTensors& targets) {
   const int64_t n = unit.size(0), d = unit.size(1);
   Tensor gradients = new_tensor<T>({n, d});
   T* out = data<T>(gradients);
-  const T *x = unit.const_data_ptr<T>(), *length = norm.const_data_ptr<T>();
+  const T *x = unit.const_data_ptr<T>(), *factor = unit_factors.const_data_ptr<T>();
   std::vector<Term<T>> terms;
   for (size_t t = 0; t < rows.size(); ++t) terms.emplace_back(rows[t], factors[t], sources[t], targets[t]);
   const RowKernels<T>& k = row_kernels<T>();
@@ -108,8 +111,8 @@ Tensor run_gradient(const Tensor& unit, const Tensor& norm, const Tensors& rows,
       Sum<T> sum(gradient, d);
       for (const Term<T>& term : terms) term.each(i, [&](const T* row, T factor) { sum.add(row, factor); });
       sum.flush();
-      const T along = has_constant_norm(length[i]) ? T(0) : k.dot(x + i * d, gradient, d), factor = unit_factor(length[i]);
-      k.combine(gradient, factor, -along * factor, x + i * d, T(0), x + i * d, d);
+      const T along = factor[i] >= T(1 / kNormFloor) ? T(0) : k.dot(x + i * d, gradient, d);  // a constant, for short rows
+      k.combine(gradient, factor[i], -along * factor[i], x + i * d, T(0), x + i * d, d);
     }
   });
   return gradients;
@@ -141,11 +144,11 @@ Views views(const Tensor& u, const Tensor& v) {
   check("v", v, type, {u.size(0), u.size(1)});
   return (u.scalar_type() == ScalarType::Double ? run_views<double> : run_views<float>)(u, v);
 }
-Tensor gradient(const Tensor& unit, const Tensor& norm, Tensors rows, Tensors factors, OptionalTensors sources,
+Tensor gradient(const Tensor& unit, const Tensor& unit_factor, Tensors rows, Tensors factors, OptionalTensors sources,
                 OptionalTensors targets) {
   check_terms(unit, norm, rows, factors, sources, targets);
   const auto run = unit.scalar_type() == ScalarType::Double ? run_gradient<double> : run_gradient<float>;
-  return run(unit, norm, rows, factors, sources, targets);
+  return run(unit, unit_factor, rows, factors, sources, targets);
 }
 
 }  // namespace
@@ -153,9 +156,9 @@ Tensor gradient(const Tensor& unit, const Tensor& norm, Tensors rows, Tensors fa
 STABLE_TORCH_LIBRARY_FRAGMENT(hicl_fast_cpp, m) {
   m.def(
       "paradigm_views(Tensor u, Tensor v) -> "
-      "(Tensor unit_u, Tensor unit_v, Tensor u_norm, Tensor v_norm, Tensor positive)");
+      "(Tensor unit_u, Tensor unit_v, Tensor u_factor, Tensor v_factor, Tensor positive)");
   m.def(
-      "paradigm_gradient(Tensor unit, Tensor norm, Tensor[] rows, Tensor[] factors, Tensor?[] sources, Tensor?[] targets) "
+      "paradigm_gradient(Tensor unit, Tensor unit_factor, Tensor[] rows, Tensor[] factors, Tensor?[] sources, Tensor?[] targets) "
       "-> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(hicl_fast_cpp, CPU, m) {

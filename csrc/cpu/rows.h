@@ -59,6 +59,7 @@ struct RowKernels {
 template <typename T>
 const RowKernels<T>& row_kernels();
 const char* cpu_capability();
+const char* cpu_capabilities();  // those that this processor has, narrowest first
 
 namespace plain {
 extern const RowKernels<float> kFloat;

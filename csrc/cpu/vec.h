@@ -60,11 +60,12 @@ template <typename T>
 inline void store_head(T* p, Vec<T> v, int64_t n) {
   __builtin_memcpy(p, &v, n * sizeof(T));
 }
+// The elements one by one: in float the last of them would cost as many roundings as there are elements.
 template <typename T>
 inline T sum(Vec<T> v) {
-  T total = 0;
-  for (int i = 0; i < kWidth<T>; ++i) total += v[i];
-  return total;
+  double total = 0;
+  for (int i = 0; i < kWidth<T>; ++i) total += double(v[i]);
+  return T(total);
 }
 template <typename T>
 inline T largest(Vec<T> v) {

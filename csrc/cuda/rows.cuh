@@ -118,7 +118,17 @@ __global__ void __launch_bounds__(kRowThreads, 4) normalise_kernel(RowShape shap
     part.load(x, held);
     squares += dot_of(held, held);
   }
-  const float inverse = inverse_of_norm(row_sum<Part>(squares), b.floor);
+  squares = row_sum<Part>(squares);
+  float inverse = inverse_of_norm(squares, b.floor);
+  if (squares == 0.0f) {  // of a zero row, or of one so short that its squares vanish
+    float magnitude = 0.0f;
+    for (Part part(shape.dim); part.is_inside(); part.advance()) {
+      if (!part.is_all()) part.load(x, held);
+#pragma unroll
+      for (int h = 0; h < kHeld; ++h) magnitude += fabsf(held[h]);
+    }
+    inverse = row_sum<Part>(magnitude) == 0.0f ? 0.0f : 1.0f / b.floor;
+  }
   if (is_first_of_row<Part>()) b.inverse[row] = inverse;
   if (!b.unit) return;
   for (Part part(shape.dim); part.is_inside(); part.advance()) {

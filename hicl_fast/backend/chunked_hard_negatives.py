@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hicl_fast.ops.problem import NORM_FLOOR, sum_type
+from hicl_fast.ops.problem import sum_type
+from hicl_fast.ops.unit_rows import UnitRows
 
 CHUNK_ROWS, CHUNK_COLUMNS = 1024, 2048
 CHUNK_BYTES = 32 << 20  # of a chunk's rows, in the type of the sums
@@ -94,9 +95,7 @@ def _chunks(count: int, multiple: int, most: int) -> Iterator[tuple[int, slice, 
 
 def _unit_rows(x: Tensor, dtype: torch.dtype, count: int) -> Tensor:
     """Unit rows in the type of the sums, filled up with zero rows."""
-    x = x.to(dtype)
-    unit = x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(NORM_FLOOR)
-    return pad(unit, (0, 0, 0, count - len(x)))
+    return pad(UnitRows.of(x, dtype).rows, (0, 0, 0, count - len(x)))
 
 
 def _rounded_up(x: int, multiple: int) -> int:

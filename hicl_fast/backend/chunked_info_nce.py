@@ -49,7 +49,7 @@ def backward(
 
 def _forward(problem: Problem, row_weight: float, wanted: Wanted) -> tuple[RowStatistics, Gradients]:
     sweep = _Sweep(problem, wanted)
-    loss, negative_lse, positive, hardest = (sweep.unit_query.inverse_norm.new_empty(sweep.num_rows) for _ in range(4))
+    loss, negative_lse, positive, hardest = (sweep.unit_query.factor.new_empty(sweep.num_rows) for _ in range(4))
     column_lse = loss.new_full((problem.key.shape[0] if problem.symmetric else 0,), -torch.inf)
     gradients_now = any(wanted) and not problem.symmetric
 
@@ -125,7 +125,8 @@ class _Sweep:
         scaled_query = self.unit_query.rows[rows] * scale
         parts = [scaled_query @ unit.rows.T for unit in self.unit_columns]
         if problem.extra_logits is not None:
-            parts.append(problem.extra_logits[rows].to(scale.dtype))
+            extra = problem.extra_logits[rows].to(scale.dtype)
+            parts.append(extra.masked_fill(extra == torch.inf, torch.nan))  # −inf: a column that is left out
         logits = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
         target = (

@@ -8,12 +8,13 @@ M = Wᵀ diag(u cos / ‖g‖²) W: ∂L/∂q̂ = nᵀ c and ∂L/∂n = c q̂�
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hicl_fast.ops.problem import sum_type
-from hicl_fast.reference.info_nce import NORM_FLOOR
+from hicl_fast.ops.problem import NORM_FLOOR, sum_type
+from hicl_fast.ops.unit_rows import UnitRows, shortened
 
 CHUNK_BYTES = 32 << 20  # of a chunk's negatives
 
@@ -28,19 +29,20 @@ def forward(
     index: Tensor,  # (N, k)
     pairs: Tensor,  # (N, m, 2)
     alpha: float,
-) -> tuple[Tensor, Tensor]:  # (N, m), (N, m): cosines, 1 / ‖g‖
+) -> tuple[Tensor, Tensor]:  # (N, m), (N, m): cosines, 1 / ‖g‖ of the mixtures as ``_shares`` takes them
     dtype = sum_type(query, bank)
     cosine = query.new_empty(pairs.shape[:2], dtype=dtype)
     inverse_norm = torch.empty_like(cosine)
     for rows in chunks(index, pairs, query.shape[1], dtype):
-        unit, _, _ = unit_rows(query[rows].to(dtype))
-        negatives = bank[index[rows]].to(dtype)  # (R, k, D)
+        unit = UnitRows.of(query[rows], dtype).rows
+        negatives, shrink = shortened(bank[index[rows]].to(dtype))  # (R, k, D)
+        shares = _shares(pairs[rows], alpha, shrink)
         similarity = (negatives @ unit[:, :, None])[:, :, 0]
         gram = negatives @ negatives.transpose(1, 2)  # (R, k, k)
-        inverse_norm[rows] = _inverse_norm(gram, pairs[rows], alpha)
+        inverse = _inverse_norm(gram, pairs[rows], shares)
         first, second = pairs[rows].unbind(-1)
-        along = alpha * similarity.gather(1, first) + (1 - alpha) * similarity.gather(1, second)
-        cosine[rows] = along * inverse_norm[rows]
+        along = shares.first * similarity.gather(1, first) + shares.second * similarity.gather(1, second)
+        cosine[rows], inverse_norm[rows] = along * inverse, inverse
     return cosine, inverse_norm
 
 
@@ -59,18 +61,21 @@ def backward(
     query_grad = torch.empty_like(query, memory_format=torch.contiguous_format) if wanted[0] else query.new_empty(0)
     bank_grad = torch.zeros_like(bank, dtype=dtype, memory_format=torch.contiguous_format) if wanted[1] else None
     for rows in chunks(index, pairs, query.shape[1], dtype):
-        unit, factor, is_constant = unit_rows(query[rows].to(dtype))
-        negatives = bank[index[rows]].to(dtype)
-        weights = pair_weights(pairs[rows], index.shape[1], alpha, dtype)  # (R, m, k)
+        queries = UnitRows.of(query[rows], dtype)
+        unit = queries.rows
+        negatives, shrink = shortened(bank[index[rows]].to(dtype))
+        weights = pair_weights(pairs[rows], index.shape[1], _shares(pairs[rows], alpha, shrink), dtype)  # (R, m, k)
         upstream = cosine_grad[rows] * inverse_norm[rows]  # (R, m)
         along = (upstream[:, None, :] @ weights)[:, 0]  # (R, k)
         if wanted[0]:
             unit_grad = (along[:, None, :] @ negatives)[:, 0]  # (R, D)
-            query_grad[rows] = through_norm(unit_grad, unit, factor, is_constant).to(query.dtype)
+            query_grad[rows] = queries.gradient(unit_grad).to(query.dtype)
         if bank_grad is not None:
             curvature = upstream * cosine[rows] * inverse_norm[rows]
             across = (weights * curvature[:, :, None]).transpose(1, 2) @ weights  # (R, k, k)
             negatives_grad = torch.baddbmm(along[:, :, None] * unit[:, None, :], across, negatives, alpha=-1)
+            if shrink is not None:
+                negatives_grad *= shrink[:, :, None]
             add_in_order(bank_grad, index[rows], negatives_grad)
     return query_grad, bank.new_empty(0) if bank_grad is None else bank_grad.to(bank.dtype)
 
@@ -84,23 +89,34 @@ def chunks(index: Tensor, pairs: Tensor, dim: int, dtype: torch.dtype) -> Iterat
         yield slice(begin, begin + step)
 
 
-def unit_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x̂ (R, D), its factor (R, 1), which is 0 for a zero row, and whether that factor is a constant (R, 1)."""
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    factor = torch.where(norm == 0, 0.0, 1 / norm.clamp_min(NORM_FLOOR))
-    return x * factor, factor, norm < NORM_FLOOR
+class Shares(NamedTuple):
+    """A pair's first and second in its mixture, or in a multiple of it. Numbers, or (R, m)."""
+
+    first: Tensor | float
+    second: Tensor | float
+    floor: Tensor | float  # below which a mixture's length counts as zero
 
 
-def through_norm(unit_grad: Tensor, unit: Tensor, factor: Tensor, is_constant: Tensor) -> Tensor:
-    """∂L/∂x = (I − x̂ x̂ᵀ) ∂L/∂x̂ · factor, without the projection where the factor doesn't depend on x."""
-    along = torch.where(is_constant, 0.0, (unit * unit_grad).sum(dim=1, keepdim=True))
-    return (unit_grad - along * unit) * factor
+def _shares(pairs: Tensor, alpha: float, shrink: Tensor | None) -> Shares:
+    """Of a long row, made shorter, and one that isn't, the mixture is made as short. (R, m, 2), (R, k)"""
+    if shrink is None:
+        return Shares(alpha, 1 - alpha, NORM_FLOOR)
+    first, second = (shrink.gather(1, pairs[..., side]) for side in (0, 1))
+    # A share of 0 has no say in it.
+    of_both = torch.minimum(first if alpha != 0 else second, second if alpha != 1 else first)
+    return Shares(
+        alpha * (of_both / first), (1 - alpha) * (of_both / second), torch.where(of_both == 1, NORM_FLOOR, 0.0)
+    )
 
 
-def pair_weights(pairs: Tensor, k: int, alpha: float, dtype: torch.dtype) -> Tensor:  # (R, m, 2) -> (R, m, k)
+def pair_weights(pairs: Tensor, k: int, shares: Shares, dtype: torch.dtype) -> Tensor:  # (R, m, 2) -> (R, m, k)
     column = torch.arange(k, device=pairs.device)
-    is_first, is_second = (pairs[..., side, None] == column for side in (0, 1))
-    return alpha * is_first.to(dtype) + (1 - alpha) * is_second.to(dtype)
+    weights: Tensor | float = 0.0
+    for side, share in enumerate(shares[:2]):
+        of_pair = share[..., None] if isinstance(share, Tensor) else share
+        weights = weights + of_pair * (pairs[..., side, None] == column).to(dtype)
+    assert isinstance(weights, Tensor)
+    return weights
 
 
 def add_in_order(bank_grad: Tensor, index: Tensor, addition: Tensor) -> None:
@@ -111,11 +127,11 @@ def add_in_order(bank_grad: Tensor, index: Tensor, addition: Tensor) -> None:
         bank_grad.index_add_(0, index.flatten(), addition.flatten(0, 1))
 
 
-def _inverse_norm(gram: Tensor, pairs: Tensor, alpha: float) -> Tensor:  # (R, k, k), (R, m, 2) -> (R, m)
+def _inverse_norm(gram: Tensor, pairs: Tensor, shares: Shares) -> Tensor:  # (R, k, k), (R, m, 2) -> (R, m)
     k = gram.shape[1]
     first, second = pairs.unbind(-1)
     squares = gram.diagonal(dim1=1, dim2=2)
-    parts = alpha**2 * squares.gather(1, first) + (1 - alpha) ** 2 * squares.gather(1, second)
-    squared = parts + 2 * alpha * (1 - alpha) * gram.flatten(1).gather(1, first * k + second)
-    smallest = (VANISHING * torch.finfo(gram.dtype).eps * parts).clamp_min(NORM_FLOOR**2)
+    parts = shares.first**2 * squares.gather(1, first) + shares.second**2 * squares.gather(1, second)
+    squared = parts + 2 * shares.first * shares.second * gram.flatten(1).gather(1, first * k + second)
+    smallest = (VANISHING * torch.finfo(gram.dtype).eps * parts).clamp_min(shares.floor**2)
     return torch.where(squared < smallest, 0.0, squared.rsqrt())

@@ -15,17 +15,17 @@ __all__ = ["combine", "combine_by", "gradient", "statistics", "views"]
 
 
 def views(u: Tensor, v: Tensor, dtype: torch.dtype) -> Views:
-    unit_u, unit_v, u_norm, v_norm, positive = torch.ops.hicl_fast_cpp.paradigm_views(
+    unit_u, unit_v, u_factor, v_factor, positive = torch.ops.hicl_fast_cpp.paradigm_views(
         u.to(dtype).contiguous(), v.to(dtype).contiguous()
     )
-    return Views(UnitRows(unit_u, u_norm), UnitRows(unit_v, v_norm), positive)
+    return Views(UnitRows(unit_u, u_factor), UnitRows(unit_v, v_factor), positive)
 
 
 def gradient(unit: UnitRows, terms: Sequence[Term]) -> Tensor:
     rows, factors, sources, targets = zip(*terms, strict=True)
     return torch.ops.hicl_fast_cpp.paradigm_gradient(
         unit.rows,
-        unit.norm,
+        unit.factor,
         [x.contiguous() for x in rows],
         [x.to(unit.rows.dtype).contiguous() for x in factors],
         sources,

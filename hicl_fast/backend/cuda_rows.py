@@ -13,13 +13,15 @@ _operators = torch.ops.hicl_fast_cuda
 def normalise(x: Tensor, floor: float, unit: Tensor | None = None) -> Rows:
     """The rows of x (N, D), contiguous, with their inverse norms; writes the unit rows to ``unit`` (N, D) if given."""
     with torch._C._AutoDispatchBelowAutograd():
-        return Rows(x, _operators.normalise_rows(x, floor, unit))
+        inverse = _operators.normalise_rows(x, floor, unit)
+    # Of a row that is too long for its products, the inverse norm is NaN.
+    return Rows(x, inverse, torch.zeros(1, dtype=torch.int64, device=x.device))
 
 
-def scale_rows(x: Tensor, factor: Tensor) -> Tensor:
-    """``factor[:, None] · x`` in x's type, rounded once; (N, D), (N,) float32 -> (N, D)."""
+def scale_rows(rows: Rows, factor: Tensor) -> Tensor:
+    """``factor[:, None]`` times the unit rows, in the rows' type, rounded once; (N, D), (N,) float32 -> (N, D)."""
     with torch._C._AutoDispatchBelowAutograd():
-        return _operators.scale_rows(x, factor.contiguous())
+        return _operators.scale_rows(rows.x, factor * rows.inverse)
 
 
 def positive_similarity(query: Rows, key: Rows, target: Tensor) -> Tensor:

@@ -93,7 +93,9 @@ class _Sweeps:
         self.narrow = self._tiling(narrow=True)
         self.widths = [-(-columns.count // _ALIGNMENT) * _ALIGNMENT for columns in operands.columns]
         extra = self.problem.extra_logits
-        self.extra_logits = None if extra is None else extra.detach().to(torch.float32)
+        # −inf leaves a column out; +inf is as little a logit as NaN.
+        extra = None if extra is None else extra.detach().to(torch.float32)
+        self.extra_logits = None if extra is None else extra.masked_fill(extra == torch.inf, torch.nan)
 
     def _tiling(self, *, narrow: bool) -> _Tiling:
         operands = self.operands
@@ -143,7 +145,7 @@ class _Sweeps:
             row_factor *= scale
             coefficient[rows] = -negative_share * scale * _at(operands.margin_slope, rows)
             query = operands.query[rows]
-            scaled_query = operands.row_kernels.scale_rows(query.x, row_factor * query.inverse)
+            scaled_query = operands.row_kernels.scale_rows(query, row_factor)
             gradients.add(rows, slopes, row_factor, scaled_query, coefficient[rows])
 
         loss = _log1p_exp(negative_lse - operands.positive_logit)
@@ -245,7 +247,7 @@ class _Sweeps:
             if self.wanted.scale:
                 scale_grad += (how.row_factor[rows] * dot.sum(dim=0)).sum() / scale
             query = operands.query[rows]
-            scaled_query = operands.row_kernels.scale_rows(query.x, how.query_factor[rows] * query.inverse)
+            scaled_query = operands.row_kernels.scale_rows(query, how.query_factor[rows])
             gradients.add(rows, slopes, how.row_factor[rows], scaled_query, coefficient[rows])
         columns = gradients.columns(how.column_factor, coefficient)
         return self._gradients(gradients.query, *columns, extra_grad, scale_grad)

@@ -13,6 +13,7 @@ from hicl_fast.backend import chunked_mixed_negatives as chunked
 from hicl_fast.backend.triton_device import on_device
 from hicl_fast.kernels import mixed_negatives as kernels
 from hicl_fast.ops.problem import sum_type
+from hicl_fast.ops.unit_rows import Squares, UnitRows
 from hicl_fast.reference.info_nce import NORM_FLOOR
 
 LARGEST_K = 32  # a program keeps the k×k Gram matrix in registers, and 64×64 spills
@@ -31,13 +32,13 @@ def forward(
     if index.shape[1] > LARGEST_K:
         return chunked.forward(query, bank, index, pairs, alpha)
     dtype = sum_type(query, bank)
-    _, factor, _ = chunked.unit_rows(query.detach().to(dtype))
+    queries = UnitRows.of(query.detach(), dtype)
     cosine = query.new_empty(pairs.shape[:2], dtype=dtype)
     inverse_norm = torch.empty_like(cosine)
     if cosine.numel():
         with on_device(query):
             kernels.cosine_kernel[(query.shape[0],)](
-                *_operands(query, factor, bank, index, pairs, alpha), cosine, inverse_norm,
+                *_operands(queries.rows, bank, index, pairs, alpha), cosine, inverse_norm,
                 *_sizes(query, index, pairs), chunked.VANISHING * torch.finfo(dtype).eps, NORM_FLOOR**2,
                 **_options(index, dtype),
             )  # fmt: skip
@@ -58,7 +59,8 @@ def backward(
     if index.shape[1] > LARGEST_K or cosine.numel() == 0:
         return chunked.backward(query, bank, index, pairs, alpha, cosine, inverse_norm, cosine_grad, wanted)
     dtype = sum_type(query, bank)
-    unit, factor, is_constant = chunked.unit_rows(query.detach().to(dtype).contiguous())
+    queries = UnitRows.of(query.detach(), dtype)
+    unit = queries.rows
     unit_grad = torch.empty_like(unit) if wanted[0] else None
     bank_grad = torch.zeros_like(bank, dtype=dtype, memory_format=torch.contiguous_format) if wanted[1] else None
     for rows in chunked.chunks(index, pairs, query.shape[1], dtype):
@@ -66,7 +68,7 @@ def backward(
         addition = unit.new_empty(*chosen.shape, query.shape[1]) if wanted[1] else None  # (R, k, D)
         with on_device(query):
             kernels.gradient_kernel[(chosen.shape[0],)](
-                *_operands(query[rows], factor[rows], bank, chosen, pairs[rows], alpha),
+                *_operands(unit[rows], bank, chosen, pairs[rows], alpha),
                 cosine[rows].contiguous(), inverse_norm[rows].contiguous(), cosine_grad[rows].contiguous(),
                 None if unit_grad is None else unit_grad[rows], addition, *_sizes(query, index, pairs),
                 **_options(index, dtype),
@@ -75,13 +77,13 @@ def backward(
             chunked.add_in_order(bank_grad, chosen, addition)
     query_grad = query.new_empty(0)
     if unit_grad is not None:
-        query_grad = chunked.through_norm(unit_grad, unit, factor, is_constant).to(query.dtype)
+        query_grad = queries.gradient(unit_grad).to(query.dtype)
     return query_grad, bank.new_empty(0) if bank_grad is None else bank_grad.to(bank.dtype)
 
 
-def _operands(query: Tensor, factor: Tensor, bank: Tensor, index: Tensor, pairs: Tensor, alpha: float) -> list[Tensor]:
-    share = torch.full((1,), alpha, dtype=factor.dtype, device=factor.device)
-    return [x.detach().contiguous() for x in (query, factor, bank, index, pairs, share)]
+def _operands(unit_query: Tensor, bank: Tensor, index: Tensor, pairs: Tensor, alpha: float) -> list[Tensor]:
+    share = torch.full((1,), alpha, dtype=unit_query.dtype, device=unit_query.device)
+    return [x.detach().contiguous() for x in (unit_query, bank, index, pairs, share)]
 
 
 def _sizes(query: Tensor, index: Tensor, pairs: Tensor) -> tuple[int, int, int]:
@@ -89,7 +91,10 @@ def _sizes(query: Tensor, index: Tensor, pairs: Tensor) -> tuple[int, int, int]:
 
 
 def _options(index: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    limits = Squares.of(dtype)
     return {
+        "MOST": limits.most**2,
+        "SHRINK": limits.shrink,
         "SUM_TYPE": tl.float64 if dtype == torch.float64 else tl.float32,
         "BLOCK_K": max(16, triton.next_power_of_2(index.shape[1])),  # the least a matrix product takes
         "BLOCK_PAIRS": BLOCK_PAIRS,

@@ -115,7 +115,8 @@ def _running(x: Tensor, y: Tensor, *, narrow: bool) -> Iterator[_Sweep]:
     with on_device(x):
         ones = x.new_ones(len(x))
         tile = launch.tile_for(x, precision, narrow=narrow)
-        yield _Sweep(launch.Rows(x, ones), launch.Rows(y, ones), tile, precision)
+        here = torch.zeros(1, dtype=torch.int64, device=x.device)
+        yield _Sweep(launch.Rows(x, ones, here), launch.Rows(y, ones, here), tile, precision)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hicl_fast import _checks as check
 from hicl_fast.backend import registry
-from hicl_fast.ops.problem import host_number
+from hicl_fast.ops.problem import host_number, sum_type
 
 MOST_NEGATIVES = 128  # of a row, that are looked for
 
@@ -109,8 +109,11 @@ def check_positive_mixing_options(threshold: float, weights: tuple[float, float]
         raise ValueError(f"weights: expected a pair of finite numbers or 'search', got {check.describe(weights)}")
 
 
-def scale(temperature: float | Tensor, query: Tensor) -> Tensor:
-    """1 / temperature as a 0-d tensor; a number stays in host memory, so that no device is waited for to read it."""
+def scale(temperature: float | Tensor, query: Tensor, *others: Tensor | None) -> Tensor:
+    """1 / temperature as a 0-d tensor; a number stays in host memory, so that no device is waited for to read it.
+
+    A tensor's is in the type of the sums over query and others at least; its gradient comes in the tensor's own.
+    """
     if isinstance(temperature, Tensor):
         if temperature.dim() != 0 or not temperature.is_floating_point():
             raise ValueError(f"temperature: expected a number or a 0-d tensor, got {check.describe(temperature)}")
@@ -118,6 +121,6 @@ def scale(temperature: float | Tensor, query: Tensor) -> Tensor:
             raise ValueError(
                 f"temperature: expected a tensor on {query.device} or cpu, got {check.describe(temperature)}"
             )
-        return temperature.to(torch.promote_types(temperature.dtype, torch.float32)).reciprocal()
+        return temperature.to(torch.promote_types(temperature.dtype, sum_type(query, *others))).reciprocal()
     check.positive_number("temperature", temperature)
     return host_number(1.0 / temperature)

@@ -84,7 +84,8 @@ def info_nce(
         backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
-        A float32 (float64) scalar, or (N,) with ``reduction="none"``. NaN or Inf in an input gives NaN.
+        A float32 (float64) scalar, or (N,) with ``reduction="none"``. NaN or Inf in an input gives NaN, but
+        for extra logits of −inf, which are columns that are left out.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -166,7 +167,7 @@ def info_nce_with_statistics(
     problem = Problem(
         query=query,
         key=key,
-        scale=scale(temperature, query),
+        scale=scale(temperature, query, key, negatives, bank, extra_logits),
         target=target,
         negatives=negatives,
         bank=None if bank is None else bank.detach(),

@@ -125,7 +125,7 @@ def mixed_negative_logits(
     check_index(query, index)
     check_pairs(query, pairs)
     check.share("alpha", alpha)
-    return _mixed_negatives_op.apply(query, bank, index, pairs, float(alpha), scale(temperature, query), backend)
+    return _mixed_negatives_op.apply(query, bank, index, pairs, float(alpha), scale(temperature, query, bank), backend)
 
 
 def positive_mixing(

@@ -29,6 +29,7 @@ from hicl_fast.integrations.similarity import (
     log_expm1,
     loss_type,
     pairwise,
+    unit,
 )
 from hicl_fast.ops.autograd import without_autocast
 from hicl_fast.ops.problem import sum_type
@@ -368,7 +369,7 @@ class _Problem:
         dtype = torch.promote_types(torch.promote_types(rows.dtype, references.dtype), torch.float32)
         rows, references = rows.to(dtype), references.to(dtype)
         if self.similarity == "cosine":
-            rows, references = F.normalize(rows, dim=1), F.normalize(references, dim=1)
+            rows, references = unit(rows), unit(references)
         values, place = torch.unique(self.reference_labels, return_inverse=True)
         sums = references.new_zeros(len(values), references.shape[1]).index_add(0, place, references)
         total = (rows * sums[torch.searchsorted(values, self.labels[row])]).sum(dim=1)

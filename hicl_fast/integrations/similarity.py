@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hicl_fast.ops.problem import sum_type
+from hicl_fast.ops.unit_rows import shortened
 
 Similarity = Literal["cosine", "dot"]
 
@@ -61,9 +62,10 @@ class _Sides(NamedTuple):
 
 def _sides(rows: Tensor, dtype: torch.dtype) -> tuple[_Sides, Tensor]:
     rows = rows.to(dtype)
-    squared = rows.square().sum(dim=1, keepdim=True)  # (N, 1)
+    largest = rows.detach().abs().amax().clamp_min(_SHORTEST)  # (): squares of what it divides stay in the range
+    squared = (rows / largest).square().sum(dim=1, keepdim=True)  # (N, 1)
     length = squared.detach().max().sqrt().clamp_min(_SHORTEST) * _HEADROOM  # ()
-    return _Sides(rows, (length.square() - squared).sqrt()), length
+    return _Sides(rows, (length.square() - squared).sqrt() * largest), length * largest
 
 
 def as_cosines(
@@ -97,8 +99,13 @@ def pairwise(a: Tensor, b: Tensor, similarity: Similarity) -> Tensor:  # (N, D),
     dtype = sum_type(a, b)
     a, b = a.to(dtype), b.to(dtype)
     if similarity == "cosine":
-        a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
+        a, b = unit(a), unit(b)
     return (a * b).sum(dim=1)
+
+
+def unit(x: Tensor) -> Tensor:  # (N, D) -> (N, D)
+    """``torch.nn.functional.normalize``, right for rows too whose squared length overflows."""
+    return F.normalize(shortened(x)[0], dim=-1)
 
 
 def log_expm1(x: Tensor) -> Tensor:

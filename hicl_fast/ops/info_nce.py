@@ -123,6 +123,7 @@ def _apply_mixing(problem: Problem, reduction: str, backend: str, mixing: Mixing
         return _apply_mean(problem, reduction, _wanted(inputs), chosen, mixing)
 
     groups = (None, None) if problem.same_group == "negative" else (problem.query_group, problem.key_group)
+    problem = _in_type_of_sums(problem)
     query, key = problem.query, problem.key
     _, index = hard_negatives.apply(query, key, mixing.k, problem.target, *groups, True, backend)
     logits = mixed_negatives.apply(query, key, index, mixing.pairs, mixing.alpha, problem.scale, backend)
@@ -152,16 +153,25 @@ def _one_sweep_covers_both_directions(problem: Problem) -> bool:
 
 
 def _average_of_directions(problem: Problem, reduction: str, backend: str, bank_group: Tensor | None) -> Result:
-    forward = replace(problem, symmetric=False)
+    forward = replace(_in_type_of_sums(problem), symmetric=False)
     exchanged = replace(
         forward,
-        query=problem.key,
-        key=problem.query,
+        query=forward.key,
+        key=forward.query,
         query_group=problem.key_group,
         key_group=problem.query_group,
     )
     rows, columns = (apply(one, reduction, backend, bank_group=bank_group) for one in (forward, exchanged))
     return rows._replace(loss=(rows.loss + columns.loss) / 2)
+
+
+def _in_type_of_sums(problem: Problem) -> Problem:
+    """For inputs that go into two operators: autograd adds their two gradients in this type, and rounds once."""
+    dtype, inputs = problem.dtype, ("query", "key", "negatives", "extra_logits")
+    rows = [x for x in (problem.query, problem.key, problem.negatives, problem.bank) if x is not None]
+    are_bf16 = problem.precision == "default" and all(x.dtype == torch.bfloat16 for x in rows)
+    cast = {name: x.to(dtype) for name in inputs if (x := getattr(problem, name)) is not None}
+    return replace(problem, **cast, precision="bf16" if are_bf16 else problem.precision)
 
 
 def _wanted(inputs: tuple[Tensor | None, ...]) -> Wanted:

@@ -9,7 +9,7 @@ has d1 > d2, so weights (1, 0) have rank 1 in every row; hence the lowest mean r
 where cos(q_i, p'_i) > d2_i, the largest s_ij, in every row. Should rounding leave no such candidate, those with the
 fewest rows below their hardest negative are taken. Among them the largest mean margin, cos(q_i, p'_i) − d2_i, wins.
 
-cos(q, p') = (w1 ‖p‖ d1 + w2 ‖n‖ d2) / ‖w1 p + w2 n‖, so five numbers a row are enough for all the candidates.
+cos(q, p') = (w1 ‖p‖ d1 + w2 ‖n‖ d2) / ‖w1 p + w2 n‖, so a few numbers a row are enough for all the candidates.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from hicl_fast.ops.autograd import is_transformed, runs_eagerly
-from hicl_fast.ops.problem import sum_type
-from hicl_fast.reference.info_nce import NORM_FLOOR
+from hicl_fast.ops.problem import NORM_FLOOR, sum_type
+from hicl_fast.ops.unit_rows import UnitRows, row_dot
 from hicl_fast.reference.mixing import GRID_STEPS, SMALLEST_SUM
 
 Weights = tuple[float, float] | Literal["search"]
@@ -40,9 +40,8 @@ def apply(query: Tensor, positive: Tensor, negative: Tensor, threshold: float, w
 
 def _row_weights(q: Tensor, p: Tensor, n: Tensor, threshold: float, weights: Weights) -> tuple[Tensor, Tensor]:
     """Each row's w1 and w2, (N,) each."""
-    p_norm, n_norm = torch.linalg.vector_norm(p, dim=1), torch.linalg.vector_norm(n, dim=1)
-    q_norm = torch.linalg.vector_norm(q, dim=1)
-    d1, d2 = _cosine(q, p, q_norm, p_norm), _cosine(q, n, q_norm, n_norm)
+    unit_q, unit_p, unit_n = (UnitRows.of(x, x.dtype) for x in (q, p, n))
+    d1, d2 = row_dot(unit_q.rows, unit_p.rows), row_dot(unit_q.rows, unit_n.rows)
 
     # Where d1 ≤ 0 a ratio to it says nothing.
     is_narrow = (d1 > 0) & (d1 > d2) & ((d1 - d2) / d1 <= threshold)
@@ -53,26 +52,25 @@ def _row_weights(q: Tensor, p: Tensor, n: Tensor, threshold: float, weights: Wei
     w1 = torch.where(is_behind, d1 / total, one)
     w2 = torch.where(is_behind, d2 / total, zero)
     if weights == "search":
-        narrow_w1, narrow_w2 = _search(d1, d2, p_norm, n_norm, (p * n).sum(dim=1), is_narrow)
+        narrow_w1, narrow_w2 = _search(d1, d2, unit_p, unit_n, is_narrow)
     else:
         narrow_w1, narrow_w2 = weights[0] * one, weights[1] * one
     return torch.where(is_narrow, narrow_w1, w1), torch.where(is_narrow, narrow_w2, w2)
 
 
-def _cosine(x: Tensor, y: Tensor, x_norm: Tensor, y_norm: Tensor) -> Tensor:
-    return (x * y).sum(dim=1) / (x_norm.clamp_min(NORM_FLOOR) * y_norm.clamp_min(NORM_FLOOR))
-
-
-def _search(
-    d1: Tensor, d2: Tensor, p_norm: Tensor, n_norm: Tensor, product: Tensor, is_narrow: Tensor
-) -> tuple[Tensor, Tensor]:
+def _search(d1: Tensor, d2: Tensor, p: UnitRows, n: UnitRows, is_narrow: Tensor) -> tuple[Tensor, Tensor]:
     """The best w1 and w2 for the rows that are narrow; (N,) each -> (1,) each."""
     keeps = runs_eagerly(d1) and not is_transformed(d1)  # a tensor made inside a transform is of no use outside
     candidates = (_kept_candidates if keeps else _candidates)(d1.device, d1.dtype)
     w1, w2 = candidates[:, :, None]  # (C, 1) each
-    squared = w1.square() * p_norm.square() + w2.square() * n_norm.square() + 2 * w1 * w2 * product  # (C, N)
-    along = w1 * (p_norm * d1) + w2 * (n_norm * d2)
-    margin = along * squared.clamp_min(NORM_FLOOR**2).rsqrt() - d2
+    # As multiples of the longer of w1 p and w2 n, whose squares may leave the type's range. A zero row counts as the floor.
+    p_factor, n_factor = (torch.where(x.factor == 0, 1 / NORM_FLOOR, x.factor) for x in (p, n))  # 1 / ‖·‖
+    longer = torch.maximum(w1 * n_factor, w2 * p_factor)  # (C, N) of w1 ‖p‖ and w2 ‖n‖, times both factors
+    w1, w2 = w1 * n_factor / longer, w2 * p_factor / longer
+    pp, nn, pn = row_dot(p.rows, p.rows), row_dot(n.rows, n.rows), row_dot(p.rows, n.rows)
+    squared = w1.square() * pp + w2.square() * nn + 2 * w1 * w2 * pn  # (C, N)
+    floor = NORM_FLOOR * p_factor * n_factor / longer
+    margin = (w1 * d1 + w2 * d2) / torch.maximum(squared.clamp_min(0.0).sqrt(), floor) - d2
     num_behind = (is_narrow & (margin <= 0)).sum(dim=1)  # (C,) Σ rank − number of rows
     total_margin = torch.where(is_narrow, margin, 0.0).sum(dim=1)
     best = torch.where(num_behind == num_behind.min(), total_margin, -torch.inf).argmax(keepdim=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -105,10 +106,17 @@ def info_nce_with_statistics(
 
 
 def normalise(x: Tensor) -> Tensor:
-    """Rows of (..., D) scaled to length 1; a zero row stays zero and gets gradient zero."""
+    """Rows of (..., D) scaled to length 1; a zero row stays zero and gets gradient zero.
+
+    A row whose squared length would overflow is divided by a power of two first, which changes no cosine.
+    """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
+    largest = x.detach().abs().amax(dim=-1, keepdim=True)
+    exponent = math.frexp(torch.finfo(x.dtype).max)[1] // 2
+    is_long = largest >= 2.0 ** (exponent - 17)
+    x = x * torch.where(is_long, largest.new_full((), 2.0 ** -(exponent + 16)), largest.new_ones(()))
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    is_zero = norm == 0
+    is_zero = largest == 0  # its squares may vanish when it isn't
     unit = x / norm.masked_fill(is_zero, 1.0).clamp_min(NORM_FLOOR)
     return torch.where(is_zero, torch.zeros_like(x), unit)
 
@@ -163,7 +171,8 @@ def _rows(
         denominator.append(logits.masked_fill(in_group, -torch.inf) if same_group == "exclude" else logits)
         positives.append((logits, in_group))
     if extra_logits is not None:
-        denominator.append(extra_logits.to(dtype))
+        extra_logits = extra_logits.to(dtype)
+        denominator.append(extra_logits.masked_fill(extra_logits == torch.inf, torch.nan))
 
     loss = _log1p_ratio(torch.cat(denominator, dim=1), positive_logit)
     if same_group == "positive":

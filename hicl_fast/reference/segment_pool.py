@@ -23,6 +23,7 @@ def segment_pool(
     pooled = []
     for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         total = w[begin:end].sum()
-        mean = (w[begin:end, None] * h[begin:end]).sum(dim=0) / torch.where(total == 0, torch.ones_like(total), total)
+        share = w[begin:end] / torch.where(total == 0, torch.ones_like(total), total)
+        mean = (share[:, None] * h[begin:end]).sum(dim=0)
         pooled.append(torch.where(total == 0, torch.zeros_like(mean), mean))
     return torch.stack(pooled).to(segments.dtype)

@@ -127,7 +127,7 @@ def test_norms_and_unit_rows(d: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("d", DIMENSIONS)
 def test_scaled_rows(d: int, dtype: torch.dtype) -> None:
     x, factor = rows(5, d, dtype), torch.linspace(-1, 2, 5)
-    assert torch.equal(cuda_rows.scale_rows(x, factor), (factor[:, None] * x.float()).to(dtype))
+    assert torch.equal(cuda_rows.scale_rows(Rows(x, torch.ones(5)), factor), (factor[:, None] * x.float()).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -232,10 +232,23 @@ def test_norms_that_are_not_finite_show(value: float) -> None:
     assert inverse.isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("d", [24, 5000])
+def test_rows_whose_squares_vanish_are_divided_by_the_floor(d: int) -> None:
+    x = rows(4, d)
+    x[1] *= 1e-30
+    x[2] *= 0.0
+    x[3] *= 1e-42  # subnormal
+    unit = torch.empty_like(x)
+    inverse = cuda_rows.normalise(x, FLOOR, unit).inverse
+    assert inverse[2] == 0
+    torch.testing.assert_close(inverse[[1, 3]], torch.full((2,), 1 / FLOOR), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(unit[1], x[1] / FLOOR)
+
+
 def test_no_rows() -> None:
     nothing = torch.empty(0, 24)
     assert cuda_rows.normalise(nothing, FLOOR, nothing.clone()).inverse.shape == (0,)
-    assert cuda_rows.scale_rows(nothing, torch.empty(0)).shape == (0, 24)
+    assert cuda_rows.scale_rows(Rows(nothing, torch.empty(0)), torch.empty(0)).shape == (0, 24)
     cuda_rows.gradient(nothing, torch.empty(0), Rows(nothing, torch.empty(0)), None, FLOOR, nothing.clone())
 
 

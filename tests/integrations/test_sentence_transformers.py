@@ -202,6 +202,25 @@ def test_types(case: str, dtype: torch.dtype, autocast: bool) -> None:
         assert relative_error(got, expected) <= allowed
 
 
+@pytest.mark.parametrize("hardness", HARDNESS)
+@pytest.mark.parametrize("case", OPTIONS)
+def test_small_losses_keep_their_digits(case: str, hardness: str | None) -> None:
+    """Of a positive far above everything else: losses of 1e-4 to 1e-9, but where the positive is a column twice."""
+    base = torch.eye(6, 16, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    embeddings = [base + 0.02 * torch.randn(6, 16, generator=generator, dtype=torch.float64) for _ in range(3)]
+    embeddings[2] = embeddings[2].roll(6, dims=1)
+    options = {**OPTIONS[case], "hardness_mode": hardness, "hardness_strength": 0.5 if hardness else 0.0}
+    drop_in = fused.FusedMultipleNegativesRankingLoss(None, **options)
+
+    def loss(e: list[Tensor]) -> Tensor:
+        return drop_in.compute_loss_from_embeddings(e, None)
+
+    exact = evaluate(loss, [x.float().double() for x in embeddings])
+    for got, expected in zip(evaluate(loss, [x.float() for x in embeddings]), exact, strict=True):
+        assert relative_error(got, expected) <= 1e-5
+
+
 @pytest.mark.parametrize("hardness", [None, "all_negatives"])
 @pytest.mark.parametrize("case", OPTIONS)
 def test_no_matrix_of_similarities(case: str, hardness: str | None) -> None:

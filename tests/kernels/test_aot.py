@@ -26,9 +26,31 @@ pytestmark = [
 ]
 
 # The pointers' types; the operands' is filled in.
-OPERANDS = ("query_ptr", "key_ptr", "exp_ptr", "slope_ptr", "x_ptr", "y_ptr", "unit_ptr", "scaled_ptr", "other_ptr")
+OPERANDS = (
+    "query_ptr",
+    "key_ptr",
+    "exp_ptr",
+    "slope_ptr",
+    "x_ptr",
+    "y_ptr",
+    "unit_ptr",
+    "scaled_ptr",
+    "other_ptr",
+    "shorter_ptr",
+)
 GROUPS = ("query_group_ptr", "key_group_ptr")
-INDICES = (*GROUPS, "special_ptr", "target_ptr", "partner_ptr", "begin_ptr", "offsets_ptr", "order_ptr")
+INDICES = (
+    *GROUPS,
+    "special_ptr",
+    "target_ptr",
+    "partner_ptr",
+    "begin_ptr",
+    "offsets_ptr",
+    "order_ptr",
+    "query_away_ptr",
+    "key_away_ptr",
+    "away_ptr",
+)
 PLACES = ("nearest_ptr", "column_index_ptr")
 FLOATS = ("own_bias", "amplitude", "floor", "temperature", "parameter")
 
@@ -65,7 +87,7 @@ def table() -> Iterator[list[str]]:
 def _types(names: list[str], operand: str) -> dict[str, str]:
     types = {name: "*fp32" for name in names if name.endswith("_ptr")}
     types |= dict.fromkeys(OPERANDS, f"*{operand}") | dict.fromkeys(INDICES, "*i64") | dict.fromkeys(PLACES, "*i32")
-    return types | dict.fromkeys(FLOATS, "fp32")
+    return types | dict.fromkeys(FLOATS, "fp32") | {"distance": "i64"}
 
 
 def _check(arch: str, operand: str, name: str, needs: Resources, table: list[str]) -> None:
@@ -127,6 +149,7 @@ def test_product_kernel(arch: str, table: list[str]) -> None:
 
 ROW_KERNELS = {
     "normalise": (rows.normalise_kernel, {"WRITES_UNIT": True}),
+    "shorten": (rows.shorten_kernel, {}),
     "scale rows": (rows.scale_rows_kernel, {}),
     "positive": (rows.positive_kernel, {}),
     "gradient, same index": (rows.gradient_kernel, {"PARTNER": 2}),

@@ -68,13 +68,21 @@ def products_in_32_bits(ttir: str) -> list[str]:
 NARROW = {**narrow_tile("sm_90", "16 bit").options(), "PRECISION": "ieee"}
 ROW = {"BLOCK_ROWS": 4, "BLOCK_DIM": 1024}
 POOL = {"SUM_TYPE": tl.float32, "BLOCK_DIM": 512}
-MIXED = {"SUM_TYPE": tl.float32, "BLOCK_K": 16, "BLOCK_PAIRS": 16, "BLOCK_DIM": 64}
+MIXED = {
+    "MOST": 2.0**126,
+    "SHRINK": 2.0**-80,
+    "SUM_TYPE": tl.float32,
+    "BLOCK_K": 16,
+    "BLOCK_PAIRS": 16,
+    "BLOCK_DIM": 64,
+}
 HARDEST = {**hard_negatives_tile("sm_90", "16 bit", 10).options(), "PRECISION": "ieee", "KEPT": 16}
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "exp": (similarity.exp_kernel, {**NARROW, "SPECIAL": 2, "GROUPS": 1, "WANTS_DOT": True}),
     "statistics": (similarity.statistics_kernel, {**NARROW, "SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": True}),
     "slopes": (similarity.slope_kernel, {**NARROW, "SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": True, "WANTS_DOT": True}),
     "normalise": (rows.normalise_kernel, {**ROW, "WRITES_UNIT": True}),
+    "shorten": (rows.shorten_kernel, ROW),
     "scale rows": (rows.scale_rows_kernel, ROW),
     "positive": (rows.positive_kernel, ROW),
     **{f"gradient {kind}": (rows.gradient_kernel, {**ROW, "PARTNER": kind}) for kind in range(4)},

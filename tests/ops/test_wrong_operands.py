@@ -289,6 +289,6 @@ def test_none_is_forgotten() -> None:
         every = torch._C._dispatch_get_all_op_names()
         return {name.split("::")[1].split(".")[0] for name in every if name.startswith(f"{namespace}::")}
 
-    lists = {"paradigm_gradient", "random_pairs", "capability"}
+    lists = {"paradigm_gradient", "random_pairs", "capability", "capabilities"}
     assert names("hicl_fast_cpp") == {call.operator for call in CPP} | lists
     assert names("hicl_fast") == {call.operator for call in REGISTERED} | {"paradigm"}

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hicl_fast import _checks as check
 from hicl_fast.integrations.sentence_transformers.chunks import mean_over_chunks
+from hicl_fast.integrations.similarity import unit
 
 CHUNK_BYTES = 64 << 20  # of one chunk's scores
 _NEAR = 64  # roundings, within which a product may decide otherwise than the guide's own similarity
@@ -64,7 +65,7 @@ def gist_loss(student: Embeddings, guide: Embeddings, options: GistOptions) -> T
     """Mean over the anchors (B,); a scalar in the type of the student's products."""
     guided = _pairings(guide, options)
     threshold = _threshold(guide, options)  # (B, 1)
-    unit_guided = [_Pairing(_unit(pair.row), pair.first, _unit(pair.column)) for pair in guided]
+    unit_guided = [_Pairing(unit(pair.row), pair.first, unit(pair.column)) for pair in guided]
 
     learned = [options.temperature] if isinstance(options.temperature, Tensor) else []
 
@@ -83,7 +84,7 @@ def gist_loss(student: Embeddings, guide: Embeddings, options: GistOptions) -> T
         target = torch.arange(first, first + rows.stop - rows.start, device=anchor.device)
         return options.cross_entropy(torch.cat(logits, dim=1), target)
 
-    embedded = (_unit(x) for x in (student.anchor, student.positive, *student.negatives))
+    embedded = (unit(x) for x in (student.anchor, student.positive, *student.negatives))
     return mean_over_chunks(loss_of_rows, student.anchor.shape[0], _chunk_rows(guided), *embedded, *learned)
 
 
@@ -128,7 +129,3 @@ def _above(threshold: Tensor, exact: _Pairing, unit: _Pairing, rows: slice) -> T
 
 def _shifted(rows: slice, first: int) -> slice:
     return slice(first + rows.start, first + rows.stop)
-
-
-def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x, dim=-1)

@@ -25,6 +25,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hicl_fast import functional as HF
@@ -143,11 +144,11 @@ def _from_query_hardened(batch: Batch, rules: Rules) -> Tensor:  # (B,)
     index = batch.index()
     loss = _row_losses(query, batch.documents, scale, rules.similarity, index, index, groups, None, "none")
     in_batch = scale * similarity + log_expm1(loss)  # (B,) log-sum-exp of the other rows' documents
-    terms = [rules.scale * similarity, _scale_gradient(in_batch, share)]
+    terms = [_scale_gradient(in_batch, share)]
     if "query_to_query" in rules.directions:
         terms.append(_log_sum(query, [batch.queries], rules, index, batch.groups(own=True)))
     logits = torch.cat([torch.stack(terms, dim=1), _own_negative_logits(batch, rules)], dim=1)
-    return torch.logsumexp(logits, dim=1) - rules.scale * similarity
+    return F.softplus(torch.logsumexp(logits, dim=1) - rules.scale * similarity)  # the positive stays out of the sum
 
 
 def _from_document(batch: Batch, rules: Rules, reduction: Literal["mean", "none"]) -> Tensor:
