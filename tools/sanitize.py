@@ -38,7 +38,7 @@ FULL = [
     "-k",
     "(cpp or block_edges or wrong_operands or test_pairs) and not compile",
 ]
-LEVELS = ("default", "avx2", "avx512")  # of HICL_FAST_CPU; a processor that has one has those before it
+LEVELS = ("plain", "avx2", "avx512")  # of HICL_FAST_CPU; a processor that has one has those before it
 
 
 def compiler() -> str:

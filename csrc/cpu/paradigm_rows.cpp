@@ -118,13 +118,13 @@ Tensor run_gradient(const Tensor& unit, const Tensor& unit_factors, const Tensor
   return gradients;
 }
 
-void check_terms(const Tensor& unit, const Tensor& norm, const Tensors& rows, const Tensors& factors,
+void check_terms(const Tensor& unit, const Tensor& unit_factor, const Tensors& rows, const Tensors& factors,
                  const OptionalTensors& sources, const OptionalTensors& targets) {
   const TensorChecks check("paradigm_gradient", unit);
   const ScalarType type = sum_type(check, "unit", unit);
   const int64_t n = unit.size(0), d = unit.size(1);
   check("unit", unit, type, {n, d});
-  check("norm", norm, type, {n});
+  check("unit_factor", unit_factor, type, {n});
   check.that(factors.size() == rows.size() && sources.size() == rows.size() && targets.size() == rows.size(), "rows",
              "expected as many as factors, sources and targets, got ", rows.size(), " with ", factors.size(), ", ",
              sources.size(), " and ", targets.size());
@@ -146,7 +146,7 @@ Views views(const Tensor& u, const Tensor& v) {
 }
 Tensor gradient(const Tensor& unit, const Tensor& unit_factor, Tensors rows, Tensors factors, OptionalTensors sources,
                 OptionalTensors targets) {
-  check_terms(unit, norm, rows, factors, sources, targets);
+  check_terms(unit, unit_factor, rows, factors, sources, targets);
   const auto run = unit.scalar_type() == ScalarType::Double ? run_gradient<double> : run_gradient<float>;
   return run(unit, unit_factor, rows, factors, sources, targets);
 }

@@ -13,7 +13,7 @@ from hicl_fast.backend import chunked_mixed_negatives as chunked
 from hicl_fast.backend.triton_device import on_device
 from hicl_fast.kernels import mixed_negatives as kernels
 from hicl_fast.ops.problem import sum_type
-from hicl_fast.ops.unit_rows import Squares, UnitRows
+from hicl_fast.ops.unit_rows import SQUARES, UnitRows
 from hicl_fast.reference.info_nce import NORM_FLOOR
 
 LARGEST_K = 32  # a program keeps the k×k Gram matrix in registers, and 64×64 spills
@@ -91,7 +91,7 @@ def _sizes(query: Tensor, index: Tensor, pairs: Tensor) -> tuple[int, int, int]:
 
 
 def _options(index: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    limits = Squares.of(dtype)
+    limits = SQUARES[dtype]
     return {
         "MOST": limits.most**2,
         "SHRINK": limits.shrink,

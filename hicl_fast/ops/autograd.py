@@ -37,6 +37,11 @@ def is_transformed(*tensors: Tensor | None) -> bool:
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
+def holds_values(*tensors: Tensor | None) -> bool:
+    """Whether what is decided by the tensors' values, and what is made of them, is good for this call and for others."""
+    return runs_eagerly(*tensors) and not is_transformed(*tensors)
+
+
 @torch.compiler.assume_constant_result  # compiled code is guarded by the transforms that it was traced under
 def _in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None

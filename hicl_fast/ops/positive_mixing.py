@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from hicl_fast.ops.autograd import is_transformed, runs_eagerly
+from hicl_fast.ops.autograd import holds_values
 from hicl_fast.ops.problem import NORM_FLOOR, sum_type
 from hicl_fast.ops.unit_rows import UnitRows, row_dot
 from hicl_fast.reference.mixing import GRID_STEPS, SMALLEST_SUM
@@ -60,8 +60,8 @@ def _row_weights(q: Tensor, p: Tensor, n: Tensor, threshold: float, weights: Wei
 
 def _search(d1: Tensor, d2: Tensor, p: UnitRows, n: UnitRows, is_narrow: Tensor) -> tuple[Tensor, Tensor]:
     """The best w1 and w2 for the rows that are narrow; (N,) each -> (1,) each."""
-    keeps = runs_eagerly(d1) and not is_transformed(d1)  # a tensor made inside a transform is of no use outside
-    candidates = (_kept_candidates if keeps else _candidates)(d1.device, d1.dtype)
+    # A tensor that is made inside a transform is of no use outside.
+    candidates = (_kept_candidates if holds_values(d1) else _candidates)(d1.device, d1.dtype)
     w1, w2 = candidates[:, :, None]  # (C, 1) each
     # As multiples of the longer of w1 p and w2 n, whose squares may leave the type's range. A zero row counts as the floor.
     p_factor, n_factor = (torch.where(x.factor == 0, 1 / NORM_FLOOR, x.factor) for x in (p, n))  # 1 / ‖·‖

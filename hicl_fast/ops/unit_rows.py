@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hicl_fast.ops.autograd import runs_eagerly
+from hicl_fast.ops.autograd import holds_values
 from hicl_fast.ops.problem import NORM_FLOOR
 
 
@@ -21,22 +20,22 @@ class Squares(NamedTuple):
     least: float  # far below NORM_FLOOR
     most: float
     grow: float  # for rows that are shorter
-    shrink: (
-        float  # for rows that are longer: above NORM_FLOOR still, and so are their products with others in the range
-    )
-
-    @staticmethod
-    @functools.cache
-    def of(dtype: torch.dtype) -> Squares:
-        exponent = math.frexp(torch.finfo(dtype).max)[1]
-        return Squares(
-            2.0 ** -(3 * exponent // 8), 2.0 ** (exponent // 2 - 1), 2.0 ** (3 * exponent // 4), shrink_of(dtype)
-        )
+    # For rows that are longer: above NORM_FLOOR still, and so are their products with others in the range.
+    shrink: float
 
 
 def shrink_of(dtype: torch.dtype) -> float:
     """The power of two by which rows are multiplied whose squared length overflows in ``dtype``."""
     return 2.0 ** -(math.frexp(torch.finfo(dtype).max)[1] // 2 + 16)
+
+
+def _squares(dtype: torch.dtype) -> Squares:
+    exponent = math.frexp(torch.finfo(dtype).max)[1]
+    least, most, grow = 2.0 ** -(3 * exponent // 8), 2.0 ** (exponent // 2 - 1), 2.0 ** (3 * exponent // 4)
+    return Squares(least, most, grow, shrink_of(dtype))
+
+
+SQUARES = {dtype: _squares(dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,9 @@ def shortened(x: Tensor) -> tuple[Tensor, Tensor | None]:
     ``None`` where that is 1 for all, as far as the host knows without waiting.
     """
     norm = torch.linalg.vector_norm(x.detach(), dim=-1)
-    limits = Squares.of(x.dtype)
+    limits = SQUARES[x.dtype]
     is_long = ~(norm < limits.most)
-    if x.is_cpu and runs_eagerly(x) and not is_long.any():
+    if x.is_cpu and holds_values(x) and not is_long.any():
         return x, None
     shrink = torch.where(is_long, norm.new_full((), limits.shrink), norm.new_ones(()))
     return x * shrink[..., None], shrink
@@ -86,9 +85,9 @@ def shortened(x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _into_range(norm: Tensor) -> Tensor | None:
     """(N,) powers of two that bring rows of these lengths into the squares' range. A device isn't waited for."""
-    limits = Squares.of(norm.dtype)
+    limits = SQUARES[norm.dtype]
     is_long, is_short = ~(norm < limits.most), norm < limits.least
-    if norm.is_cpu and runs_eagerly(norm) and not (is_long | is_short).any():
+    if norm.is_cpu and holds_values(norm) and not (is_long | is_short).any():
         return None
     one = norm.new_ones(())
     return torch.where(is_long, one * limits.shrink, torch.where(is_short, one * limits.grow, one))

@@ -154,12 +154,16 @@ def _changes_texts(name_or_path: str | Path, transformer: Module) -> bool:
 
 def _read_json(name_or_path: str | Path, name: str) -> Any:
     """None where there is no such file, in a folder or on the hub."""
-    path = cached_file(
-        str(name_or_path),
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        path = cached_file(
+            str(name_or_path),
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError as error:  # neither a folder nor a name that the hub could have
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"model_name_or_path: expected a model to open, got {name_or_path}: {reason}") from error
     if path is None:
         return None
     try:

@@ -112,7 +112,7 @@ def test_processes_fail_together(clusters: Callable[[int], Cluster]) -> None:
 def test_errors() -> None:
     with pytest.raises(TypeError, match="gather: expected True or False"):
         FusedContrastiveLoss(gather="ring")
-    with pytest.raises(ValueError, match="backend: expected one of"):
+    with pytest.raises(ValueError, match="backend: expected 'auto' or one of"):
         FusedContrastiveLoss(backend="nonsense")
     with pytest.raises(ValueError, match="key: expected a multiple of 3 rows"):
         FusedContrastiveLoss()(batch(3), batch(5))

@@ -274,7 +274,7 @@ def test_a_learned_temperature(
 def test_a_temperature_that_cannot_be() -> None:
     for name in NAMES:
         for bad in (0.0, -1.0, float("nan")):
-            with pytest.raises(ValueError, match="temperature: expected a number above 0"):
+            with pytest.raises(ValueError, match="temperature: expected a (number above 0|finite number)"):
                 getattr(fused, name)(temperature=bad)
         with pytest.raises(TypeError, match="temperature: expected a number"):
             getattr(fused, name)(temperature="0.1")

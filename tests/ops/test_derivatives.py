@@ -250,6 +250,13 @@ def test_transforms(name: str) -> None:
     torch.testing.assert_close(TRANSFORMS[name](HF), TRANSFORMS[name](reference))
 
 
+def test_vmap_of_positive_mixing() -> None:
+    """Whose reference goes row by row, which vmap can't."""
+    for weights in ((0.9, 0.2), "search"):
+        mix = lambda q: HF.positive_mixing(q, K, Q, threshold=0.9, weights=weights)  # noqa: E731,B023
+        torch.testing.assert_close(vmap(mix)(Q2), torch.stack([mix(q) for q in Q2]))
+
+
 @pytest.mark.parametrize("name", ["jvp", "grad", "vmap"])
 def test_transforms_of_compiled_code_and_in_it(name: str) -> None:
     loss, plain = lambda q: HF.info_nce(q, K), lambda q: reference.info_nce(q, K)  # noqa: E731
