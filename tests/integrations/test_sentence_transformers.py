@@ -15,8 +15,8 @@ st = pytest.importorskip("sentence_transformers")
 
 import hicl_fast  # noqa: E402
 from hicl_fast.integrations import sentence_transformers as fused  # noqa: E402
-from hicl_fast.integrations import similarity  # noqa: E402
 from hicl_fast.integrations.sentence_transformers import drop_ins, gist, ranking  # noqa: E402
+from hicl_fast.integrations.similarity import unit as unit_rows  # noqa: E402
 from tests.integrations.conftest import TEXTS, Largest  # noqa: E402
 
 losses = drop_ins.original
@@ -537,9 +537,7 @@ def test_gist_ties() -> None:
     positive = torch.randn(61, 301, generator=generator)[torch.arange(61) % 7]
     guide = gist.Embeddings(anchor, positive, (), 0)
     threshold = gist._threshold(guide, gist.GistOptions(0.01, 0.0, False, False, False, torch.nn.CrossEntropyLoss()))
-    exact, unit = (
-        gist._Pairing(a, 0, b) for a, b in ((anchor, positive), (similarity.unit(anchor), similarity.unit(positive)))
-    )
+    exact, unit = (gist._Pairing(a, 0, b) for a, b in ((anchor, positive), (unit_rows(anchor), unit_rows(positive))))
     wanted = torch.nn.CosineSimilarity(dim=-1)(anchor[:, None], positive[None]) > threshold
     assert torch.equal(gist._above(threshold, exact, unit, slice(0, 61)), wanted)
     assert not torch.equal(unit.row @ unit.column.T > threshold, wanted), "the product alone would decide otherwise"
