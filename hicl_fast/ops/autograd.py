@@ -37,6 +37,18 @@ def is_transformed(*tensors: Tensor | None) -> bool:
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
+def readable(tensor: Tensor | None) -> Tensor | None:
+    """What stands in a tensor, for checks of its values: under ``torch.func`` that of all levels and batches together.
+
+    ``None`` where there is nothing to read without waiting: on a device, and in a trace.
+    """
+    if tensor is None or torch.compiler.is_compiling():
+        return None
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.detach() if tensor.device.type == "cpu" and runs_eagerly(tensor) and tensor.numel() else None
+
+
 @torch.compiler.assume_constant_result  # compiled code is guarded by the transforms that it was traced under
 def _in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
