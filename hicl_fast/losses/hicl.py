@@ -14,6 +14,7 @@ from hicl_fast.distributed.info_nce import Part, joined_info_nce
 from hicl_fast.losses.hncse import HardNegativeMixing, PositiveMixing
 from hicl_fast.losses.info_nce import FusedInfoNCELoss
 from hicl_fast.losses.pooling import Pooling, SegmentPooling
+from hicl_fast.ops.autograd import unwrapped
 from hicl_fast.ops.sequences import sequence_of_segments
 from hicl_fast.reference.info_nce import SameGroup
 
@@ -151,7 +152,8 @@ class FusedHiCLLoss(nn.Module):
             backend=self.backend,
         )
         loss = self.local_weight * local_loss + self.global_weight * global_loss
-        self._parts = {"loss": loss.detach(), "local": local_loss.detach(), "global": global_loss.detach()}
+        parts = {"loss": loss, "local": local_loss, "global": global_loss}
+        self._parts = {name: unwrapped(part) for name, part in parts.items()}
         return loss
 
     def _pool(

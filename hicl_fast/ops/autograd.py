@@ -37,6 +37,19 @@ def is_transformed(*tensors: Tensor | None) -> bool:
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
+def unwrapped(tensor: Tensor) -> Tensor:
+    """Detached, and out of all of ``torch.func``'s wrappers, which are dead once the transform is over: for what is kept.
+
+    A batch of ``vmap`` has its dimension again.
+    """
+    tensor = tensor.detach()  # first: what operators give inside a transform is wrapped
+    if torch.compiler.is_compiling():
+        return tensor
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def readable(tensor: Tensor | None) -> Tensor | None:
     """What stands in a tensor, for checks of its values: under ``torch.func`` that of all levels and batches together.
 
@@ -44,9 +57,8 @@ def readable(tensor: Tensor | None) -> Tensor | None:
     """
     if tensor is None or torch.compiler.is_compiling():
         return None
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor.detach() if tensor.device.type == "cpu" and runs_eagerly(tensor) and tensor.numel() else None
+    tensor = unwrapped(tensor)
+    return tensor if tensor.device.type == "cpu" and runs_eagerly(tensor) and tensor.numel() else None
 
 
 @torch.compiler.assume_constant_result  # compiled code is guarded by the transforms that it was traced under
