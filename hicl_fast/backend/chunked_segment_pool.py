@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hicl_fast.ops.problem import sum_type
+from hicl_fast.ops.sequences import sequence_of_segments
 
 
 def forward(segments: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:  # (S, D), (B + 1,), (S,) -> (B, D)
@@ -38,9 +39,7 @@ def _shares(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each segment's share w / W of its sequence, 1 / W (0 where W = 0), and its sequence's index; (S,) each."""
     num_segments = segments.shape[0]
-    sequence = torch.repeat_interleave(
-        torch.arange(offsets.shape[0] - 1, device=offsets.device), offsets.diff(), output_size=num_segments
-    )
+    sequence = sequence_of_segments(offsets, num_segments)
     w = segments.new_ones(num_segments, dtype=dtype) if weights is None else weights.to(dtype)
     total = torch.zeros(offsets.shape[0] - 1, dtype=dtype, device=w.device).index_add_(0, sequence, w)
     inverse_total = torch.where(total == 0, 0.0, 1.0 / total)[sequence]

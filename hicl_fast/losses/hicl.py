@@ -14,6 +14,8 @@ from hicl_fast.distributed.info_nce import Part, joined_info_nce
 from hicl_fast.losses.hncse import HardNegativeMixing, PositiveMixing
 from hicl_fast.losses.info_nce import FusedInfoNCELoss
 from hicl_fast.losses.pooling import Pooling, SegmentPooling
+from hicl_fast.ops.autograd import unwrapped
+from hicl_fast.ops.sequences import sequence_of_segments
 from hicl_fast.reference.info_nce import SameGroup
 
 
@@ -136,7 +138,7 @@ class FusedHiCLLoss(nn.Module):
             return self._forward_joined(segments, segments_positive, offsets, lengths, sequence_group, ranks)
         pooled, pooled_positive = self._pool(segments, segments_positive, offsets, lengths, sequence_group)
         global_loss = self.global_loss(pooled, pooled_positive, query_group=sequence_group, key_group=sequence_group)
-        sequence = sequence_index(offsets, segments.shape[0])
+        sequence = sequence_of_segments(offsets, segments.shape[0])
         if sequence_group is not None:
             sequence = sequence_group[sequence]
         local_loss = HF.info_nce(
@@ -150,7 +152,8 @@ class FusedHiCLLoss(nn.Module):
             backend=self.backend,
         )
         loss = self.local_weight * local_loss + self.global_weight * global_loss
-        self._parts = {"loss": loss.detach(), "local": local_loss.detach(), "global": global_loss.detach()}
+        parts = {"loss": loss, "local": local_loss, "global": global_loss}
+        self._parts = {name: unwrapped(part) for name, part in parts.items()}
         return loss
 
     def _pool(
@@ -204,7 +207,7 @@ class FusedHiCLLoss(nn.Module):
         global_loss = self.global_loss.joined(
             *pooled, None, sequence_group, sequence_group, ranks, {"query": sequences, "key": sequences}
         )
-        sequence = sequence_index(offsets, len(segments))
+        sequence = sequence_of_segments(offsets, len(segments))
         sequence = sequences.first + sequence if sequence_group is None else sequence_group[sequence]
         local = joined_info_nce(
             Part(segments, own_segments, sequence),
@@ -242,9 +245,3 @@ def _weights(local: float, global_: float | None) -> tuple[float, float]:
     if local == global_ == 0.0:
         raise ValueError("global_weight: expected a number above 0 where local_weight is 0, got 0")
     return local, global_
-
-
-def sequence_index(offsets: Tensor, num_segments: int) -> Tensor:  # (B + 1,) -> (S,)
-    """The sequence each segment belongs to."""
-    sequences = torch.arange(offsets.shape[0] - 1, device=offsets.device)
-    return torch.repeat_interleave(sequences, offsets.diff(), output_size=num_segments)

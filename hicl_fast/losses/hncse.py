@@ -16,6 +16,7 @@ from hicl_fast.backend import registry
 from hicl_fast.functional._arguments import MOST_NEGATIVES, check_positive_mixing_options
 from hicl_fast.losses.queue import NegativeQueue
 from hicl_fast.losses.state import Stateful
+from hicl_fast.ops.autograd import unwrapped
 from hicl_fast.ops.positive_mixing import Weights
 
 DEFAULT_K = 10  # the paper's, and what "auto" stands for
@@ -147,7 +148,7 @@ class HardNegativeMixing(Stateful):
     def remember(self, mixtures: Mixtures, hard_negatives: Tensor | None) -> None:
         """Set ``mixed`` once the loss has chosen ``hard_negatives`` (N, k) int64 among the keys."""
         if mixtures.mixing is not None and hard_negatives is not None:
-            self.mixed = Mixed(None, hard_negatives, mixtures.mixing.pairs)
+            self.mixed = Mixed(None, unwrapped(hard_negatives), unwrapped(mixtures.mixing.pairs))
 
     def _of_keys(self, query: Tensor, key: Tensor, groups: Groups | None, part: Part | None) -> Mixtures:
         k = self._as_many_as(fewest_candidates(query, key, groups) if part is None else part.fewest)
@@ -171,9 +172,10 @@ class HardNegativeMixing(Stateful):
         if k < 2:
             return Mixtures()
         _, index = HF.hard_negatives(query, bank, k, exclude_target=False, backend=self.backend, **grouping)
-        self.mixed = Mixed(bank.detach(), index, self._pairs(query, k, part))
+        pairs = self._pairs(query, k, part)
+        self.mixed = Mixed(unwrapped(bank), unwrapped(index), unwrapped(pairs))
         logits = HF.mixed_negative_logits(
-            query, bank, index, self.mixed.pairs, alpha=self.alpha, temperature=temperature, backend=self.backend
+            query, bank, index, pairs, alpha=self.alpha, temperature=temperature, backend=self.backend
         )
         return Mixtures(extra_logits=logits)
 
@@ -261,9 +263,10 @@ class PositiveMixing(nn.Module):
             key_group=key_group,
             backend=self.backend,
         )
-        self.hardest = index[:, 0]
+        hardest = index[:, 0]
+        self.hardest = unwrapped(hardest)
         before, positive, after = key.tensor_split([first, first + len(query)])
-        mixed = HF.positive_mixing(query, positive, key[self.hardest], threshold=self.threshold, weights=self.weights)
+        mixed = HF.positive_mixing(query, positive, key[hardest], threshold=self.threshold, weights=self.weights)
         return mixed if len(mixed) == len(key) else torch.cat([before, mixed, after])
 
     def extra_repr(self) -> str:

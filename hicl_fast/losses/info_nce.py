@@ -18,6 +18,7 @@ from hicl_fast.losses import hncse
 from hicl_fast.losses.hncse import Groups, HardNegativeMixing, Mixtures, PositiveMixing
 from hicl_fast.losses.queue import NegativeQueue
 from hicl_fast.losses.temperature import MAX_LOGIT_SCALE, Temperature
+from hicl_fast.ops.autograd import unwrapped
 from hicl_fast.reference.info_nce import Reduction, SameGroup
 
 
@@ -198,7 +199,7 @@ class FusedInfoNCELoss(nn.Module):
             self.queue.push(key, key_group)
         if self.hard_negative_mixing is not None:
             self.hard_negative_mixing.remember(mixtures, result.hard_negatives)
-        self._rows = (result.loss.detach(), result.positive, result.hardest)
+        self._rows = (unwrapped(result.loss), unwrapped(result.positive), unwrapped(result.hardest))
         return result.loss
 
     def _queued(self, query_group: Tensor | None) -> dict[str, Tensor | None]:

@@ -18,6 +18,7 @@ from hicl_fast.distributed.gathering import describe_rows
 from hicl_fast.distributed.info_nce import Part, joined_info_nce, joined_means
 from hicl_fast.distributed.ranks import check_process_group
 from hicl_fast.losses.info_nce import mean_of_rows, without_missing
+from hicl_fast.ops.autograd import unwrapped
 from hicl_fast.reference.paradigm import Dissipation, Modification, Objective, Ratio, Weight
 
 
@@ -149,13 +150,13 @@ class GradientParadigmLoss(nn.Module):
             ratio=self.ratio,
             backend=self.backend,
         )
-        self._rows = (loss.detach(), positive, hardest)
+        self._rows = (unwrapped(loss), unwrapped(positive), unwrapped(hardest))
         self._log_terms_of(u, v)
         return loss
 
     def _log_terms_of(self, u: Tensor, v: Tensor) -> None:
         has_negatives = len(v) > 1
-        self._views = (u.detach(), v.detach()) if self.log_gradient_terms and has_negatives else None
+        self._views = (unwrapped(u), unwrapped(v)) if self.log_gradient_terms and has_negatives else None
 
     @torch.compiler.disable
     def _forward_joined(self, u: Tensor, v: Tensor, ranks: Ranks) -> Tensor:

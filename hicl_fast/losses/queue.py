@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hicl_fast import _checks as check
 from hicl_fast.losses.state import Stateful
+from hicl_fast.ops.autograd import unwrapped
 
 NOBODY = torch.iinfo(torch.int64).min  # the group of a row that was pushed without one
 
@@ -59,10 +60,15 @@ class NegativeQueue(Stateful):
         return self.group[: len(self)] if len(self.group) and len(self) else None
 
     @torch.compiler.disable
+    @torch.inference_mode(False)  # what is kept must be of use to training, whatever mode it comes from
     @torch.no_grad()
     def push(self, rows: Tensor, group: Tensor | None = None) -> None:
         """Store the rows (N, D), and their groups (N,) int64, in place of the oldest. Of more than ``size`` the last are kept."""
+        if isinstance(rows, Tensor):
+            rows = unwrapped(rows)
         check.floating_matrix("rows", rows, "(N, D)")
+        if isinstance(group, Tensor):
+            group = unwrapped(group)
         if group is not None:
             check.index_vector("group", group, len(rows), "a group for each row", rows)
         if self.storage.numel() == 0:
@@ -73,7 +79,7 @@ class NegativeQueue(Stateful):
             )
         if group is not None and len(self.group) == 0:
             self.group = torch.full_like(self.storage[:, 0], NOBODY, dtype=torch.int64)
-        self.storage = self._with_latest(self.storage, rows.detach())
+        self.storage = self._with_latest(self.storage, rows)
         if len(self.group):
             nobody = rows.new_full((len(rows),), NOBODY, dtype=torch.int64)
             self.group = self._with_latest(self.group, nobody if group is None else group)
@@ -85,7 +91,7 @@ class NegativeQueue(Stateful):
         until_end = min(self.size - begin, len(latest))
         kept[begin : begin + until_end] = latest[:until_end]
         kept[: len(latest) - until_end] = latest[until_end:]
-        return kept
+        return unwrapped(kept)
 
     def _take(self, name: str, saved: Tensor) -> None:
         if name != "pushed" and saved.numel() and saved.shape[0] != self.size:

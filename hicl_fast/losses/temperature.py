@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hicl_fast import _checks as check
+from hicl_fast.ops.autograd import is_transformed
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's limit, a temperature of 0.01
 
@@ -19,7 +20,7 @@ class Temperature(nn.Module):
     largest 1/τ is ``max_logit_scale``, or the first value's where that is larger. As in CLIP the parameter itself is held
     there, after each step of whatever optimizer: here when it is next used in training, so that neither momentum nor a
     long stay at the bound keeps it from coming back. Where it can't be held (in evaluation, in a checkpoint that has been
-    loaded, given by functional_call) τ is that of the bound all the same, with the gradient that it has there.
+    loaded, given by functional_call, under torch.func) τ is that of the bound all the same, with the gradient that it has there.
 
     Args:
         initial: τ > 0; where it is learned, its first value.
@@ -56,7 +57,8 @@ class Temperature(nn.Module):
 
         ``data`` leaves autograd's version as it is: nothing here saves the parameter for a backward pass.
         """
-        if self.training and torch.is_grad_enabled() and isinstance(self.log_scale, nn.Parameter):
+        is_step = self.training and torch.is_grad_enabled() and not is_transformed()
+        if is_step and isinstance(self.log_scale, nn.Parameter):
             self.log_scale.data.clamp_(max=bound)
 
     def extra_repr(self) -> str:

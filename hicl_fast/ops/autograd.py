@@ -42,6 +42,30 @@ def holds_values(*tensors: Tensor | None) -> bool:
     return runs_eagerly(*tensors) and not is_transformed(*tensors)
 
 
+def unwrapped(tensor: Tensor) -> Tensor:
+    """Detached, and out of all of ``torch.func``'s wrappers, which are dead once the transform is over: for what is kept.
+
+    A batch of ``vmap`` has its dimension again.
+    """
+    tensor = tensor.detach()  # first: what operators give inside a transform is wrapped
+    if torch.compiler.is_compiling():
+        return tensor
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def readable(tensor: Tensor | None) -> Tensor | None:
+    """What stands in a tensor, for checks of its values: under ``torch.func`` that of all levels and batches together.
+
+    ``None`` where there is nothing to read without waiting: on a device, and in a trace.
+    """
+    if tensor is None or torch.compiler.is_compiling():
+        return None
+    tensor = unwrapped(tensor)
+    return tensor if tensor.device.type == "cpu" and runs_eagerly(tensor) and tensor.numel() else None
+
+
 @torch.compiler.assume_constant_result  # compiled code is guarded by the transforms that it was traced under
 def _in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -12,6 +12,7 @@ from torch import Tensor
 from hicl_fast import reference
 from hicl_fast.ops.paradigm_settings import Settings
 from hicl_fast.ops.problem import Mixing, Problem, sum_type
+from hicl_fast.ops.sequences import sequence_of_segments
 from hicl_fast.reference.info_nce import Statistics, info_nce_with_statistics
 from hicl_fast.reference.paradigm import pair_statistics
 
@@ -93,9 +94,7 @@ def segment_pool(
     dtype, num_sequences = sum_type(segments, weights), len(offsets) - 1
     h = segments.to(dtype)
     w = torch.ones_like(h[:, 0]) if weights is None else weights.to(dtype)
-    sequence = torch.repeat_interleave(
-        torch.arange(num_sequences, device=offsets.device), offsets.diff(), output_size=len(segments)
-    )
+    sequence = sequence_of_segments(offsets, len(segments))
     weighted = h.new_zeros(num_sequences, h.shape[1]).index_add(0, sequence, w[:, None] * h)
     total = w.new_zeros(num_sequences).index_add(0, sequence, w)
     is_zero = total == 0

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hicl_fast import reference
 from hicl_fast.backend import features, registry
-from hicl_fast.ops.autograd import is_transformed, runs_eagerly, without_autocast
+from hicl_fast.ops.autograd import is_transformed, readable, runs_eagerly, without_autocast
 from hicl_fast.ops.problem import sum_type
 from hicl_fast.ops.shapes import check_shapes
 
@@ -34,7 +34,8 @@ def apply(
         backend, "hard_negatives", query.device.type, sum_type(query, key), features.of_rows(query, key)
     )
     if is_transformed(query, key):
-        return reference.hard_negatives(
+        _check_target(target, key.shape[0])
+        similarity, index = reference.hard_negatives(
             query,
             key,
             k,
@@ -43,6 +44,8 @@ def apply(
             key_group=key_group,
             exclude_target=exclude_target,
         )
+        check_found(index, k)
+        return similarity, index
     eager = runs_eagerly(query, key, target, query_group, key_group)
     run = _run if eager else torch.ops.hicl_fast.hard_negatives
     return run(query.detach(), key.detach(), k, target, query_group, key_group, exclude_target, backend)
@@ -50,9 +53,9 @@ def apply(
 
 def _check_target(target: Tensor | None, num_keys: int) -> None:
     """Looks at host memory only: a device is never waited for."""
-    if target is None or target.device.type != "cpu" or not target.numel():
+    if (values := readable(target)) is None:
         return
-    low, high = (int(bound) for bound in torch.aminmax(target))
+    low, high = (int(bound) for bound in torch.aminmax(values))
     if low < -1 or high >= num_keys:
         raise ValueError(
             f"target: expected indices of keys, 0 to {num_keys - 1}, or -1 for none, got values from {low} to {high}"
@@ -61,10 +64,12 @@ def _check_target(target: Tensor | None, num_keys: int) -> None:
 
 def check_found(index: Tensor, k: int) -> None:
     """A row with too few candidates shows in its last place; a device is not asked."""
-    if index.device.type != "cpu" or not index.numel() or int(index[:, -1].min()) >= 0:
+    if (places := readable(index)) is None or int(places.min()) >= 0:
         return
-    row = int((index[:, -1] < 0).nonzero()[0])
-    found = int((index[row] >= 0).sum())
+    if places.dim() != 2:  # of a batch of calls, whose rows have no numbers
+        raise ValueError(f"k: expected at most as many as a row has candidates, got k = {k}")
+    row = int((places[:, -1] < 0).nonzero()[0])
+    found = int((places[row] >= 0).sum())
     raise ValueError(
         f"k: expected at most as many as a row has candidates; row {row} has {found} outside its target and group, "
         f"got k = {k}"

@@ -141,8 +141,13 @@ def _apply_transformed(
     problem: Problem, reduction: str, backend: str, mixing: Mixing | None, bank_group: Tensor | None
 ) -> Result:
     registry.choose(backend, "info_nce", problem.query.device.type, problem.dtype, features(problem))  # or its refusal
-    index = None if mixing is None else by_reference.hardest_keys(problem, mixing.k)
-    mixed = None if mixing is None or index is None else by_reference.mixed_logits(problem, mixing, index)
+    problem.check_values()
+    index = mixed = None
+    if mixing is not None:
+        mixed_negatives.check_indices("pairs", mixing.pairs, mixing.k, "places among the k")
+        index = by_reference.hardest_keys(problem, mixing.k)
+        hard_negatives.check_found(index, mixing.k)
+        mixed = by_reference.mixed_logits(problem, mixing, index)
     return Result(*by_reference.info_nce(problem, reduction, mixed, bank_group), index)
 
 

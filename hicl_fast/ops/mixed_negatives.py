@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hicl_fast.backend import features, registry
 from hicl_fast.ops import by_reference
-from hicl_fast.ops.autograd import first_derivatives, is_transformed, runs_eagerly, without_autocast
-from hicl_fast.ops.problem import sum_type
+from hicl_fast.ops.autograd import first_derivatives, is_transformed, readable, runs_eagerly, without_autocast
+from hicl_fast.ops.problem import check_scale, sum_type
 from hicl_fast.ops.shapes import check_shapes
 
 _INPUTS = "Tensor query, Tensor bank, Tensor index, Tensor pairs, float alpha"
@@ -39,35 +39,35 @@ def apply(
     asked = features.of_mixing(query, bank, index)
     backend = registry.choose(backend, "mixed_negatives", query.device.type, sum_type(query, bank), asked)
     if is_transformed(query, bank, scale):
+        check_scale(scale)
+        _check_places(index, pairs, bank.shape[0])
         cosine = by_reference.mixed_negatives(query, bank, index, pairs, alpha)
     elif runs_eagerly(query, bank, index, pairs, scale):
-        _check_scale(scale)
+        check_scale(scale)
         cosine, _ = _MixedNegatives.apply(query, bank, index, pairs, alpha, backend)
     else:
         cosine, _ = torch.ops.hicl_fast.mixed_negatives(query, bank, index, pairs, alpha, backend)
     return cosine * scale.to(cosine.dtype)
 
 
-def _check_scale(scale: Tensor) -> None:
-    """Looks at host memory only: a device is never waited for."""
-    if scale.device.type == "cpu" and not (value := float(scale.detach())) > 0:
-        raise ValueError(f"temperature: expected a number above 0, got {1.0 / value if value else 0.0!r}")
-
-
 def check_indices(name: str, value: Tensor, end: int, what: str) -> None:
     """Indices out of range would read other memory; checked where they are in host memory."""
-    if value.device.type != "cpu" or value.numel() == 0:
+    if (values := readable(value)) is None:
         return
-    low, high = (int(bound) for bound in torch.aminmax(value))
+    low, high = (int(bound) for bound in torch.aminmax(values))
     if low < 0 or high >= end:
         raise ValueError(f"{name}: expected {what}, 0 to {end - 1}, got values from {low} to {high}")
+
+
+def _check_places(index: Tensor, pairs: Tensor, num_rows: int) -> None:
+    check_indices("index", index, num_rows, "rows of bank")
+    check_indices("pairs", pairs, index.shape[1], "columns of index")
 
 
 def _run(
     query: Tensor, bank: Tensor, index: Tensor, pairs: Tensor, alpha: float, backend: str
 ) -> tuple[Tensor, Tensor]:  # (N, m) each
-    check_indices("index", index, bank.shape[0], "rows of bank")
-    check_indices("pairs", pairs, index.shape[1], "columns of index")
+    _check_places(index, pairs, bank.shape[0])
     with without_autocast(query.device.type):
         return registry.implementation("mixed_negatives", backend).forward(query, bank, index, pairs, alpha)
 

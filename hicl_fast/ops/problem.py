@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hicl_fast.ops.autograd import readable
 from hicl_fast.reference.info_nce import ANGLE_CLAMP, NORM_FLOOR
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Problem",
     "RowStatistics",
     "Wanted",
+    "check_scale",
     "host_number",
     "sum_type",
 ]
@@ -33,6 +35,12 @@ def host_number(value: float) -> Tensor:
 def sum_type(*inputs: Tensor | None) -> torch.dtype:
     """The type that sums of the inputs are kept in: float64 if one of them is float64, else float32."""
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in inputs) else torch.float32
+
+
+def check_scale(scale: Tensor) -> None:  # () 1 / temperature
+    """Raise ``ValueError`` for a temperature that is no number above 0; looks at host memory only."""
+    if (values := readable(scale)) is not None and not (lowest := float(values.min())) > 0:
+        raise ValueError(f"temperature: expected a number above 0, got {1.0 / lowest if lowest else 0.0!r}")
 
 
 class Wanted(NamedTuple):
@@ -118,10 +126,9 @@ class Problem:
 
         Looks at host memory only: a device is never waited for.
         """
-        if self.scale.device.type == "cpu" and not (scale := float(self.scale)) > 0:
-            raise ValueError(f"temperature: expected a number above 0, got {1.0 / scale if scale else 0.0!r}")
-        if self.target is not None and self.target.device.type == "cpu" and self.target.numel():
-            low, high = (int(bound) for bound in torch.aminmax(self.target))
+        check_scale(self.scale)
+        if (target := readable(self.target)) is not None:
+            low, high = (int(bound) for bound in torch.aminmax(target))
             if low < 0 or high >= self.key.shape[0]:
                 raise ValueError(
                     f"target: expected indices of keys, 0 to {self.key.shape[0] - 1}, got values from {low} to {high}"

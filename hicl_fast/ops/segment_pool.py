@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hicl_fast.backend import registry
 from hicl_fast.ops import by_reference
-from hicl_fast.ops.autograd import first_derivatives, is_transformed, runs_eagerly, without_autocast
+from hicl_fast.ops.autograd import first_derivatives, is_transformed, readable, runs_eagerly, without_autocast
 from hicl_fast.ops.shapes import check_shapes
 
 _library = torch.library.Library("hicl_fast", "FRAGMENT")
@@ -23,6 +23,7 @@ _library.define(
 def apply(segments: Tensor, offsets: Tensor, weights: Tensor | None, backend: str) -> Tensor:  # (B, D)
     backend = registry.choose(backend, "segment_pool", segments.device.type, segments.dtype)
     if is_transformed(segments, weights):
+        _check_values(segments, offsets, weights)
         return by_reference.segment_pool(segments, offsets, weights)
     if not runs_eagerly(segments, offsets, weights):
         return torch.ops.hicl_fast.segment_pool(segments, offsets, weights, backend)
@@ -31,10 +32,10 @@ def apply(segments: Tensor, offsets: Tensor, weights: Tensor | None, backend: st
 
 def _check_values(segments: Tensor, offsets: Tensor, weights: Tensor | None) -> None:
     """Offsets in host memory must cut the rows into non-empty sequences; a device is never waited for."""
-    if offsets.device.type != "cpu":
+    _check_weights(weights)
+    if (values := readable(offsets)) is None or values.dim() != 1:  # or those of a batch of calls
         return
-    if weights is not None:
-        _check_weights(weights)
+    offsets = values
     first, last, num_segments = int(offsets[0]), int(offsets[-1]), segments.shape[0]
     if first != 0:
         raise ValueError(f"offsets: expected to start at 0, got {first}")
@@ -50,9 +51,11 @@ def _check_values(segments: Tensor, offsets: Tensor, weights: Tensor | None) -> 
         )
 
 
-def _check_weights(weights: Tensor) -> None:
+def _check_weights(weights: Tensor | None) -> None:
     """A mean has no negative weights: with them the sum that it divides by can be anything, zero included."""
-    low, high = (float(bound) for bound in torch.aminmax(weights.detach()))
+    if (values := readable(weights)) is None:
+        return
+    low, high = (float(bound) for bound in torch.aminmax(values))
     if not 0.0 <= low <= high < torch.inf:  # NaN is both bounds
         raise ValueError(f"weights: expected finite numbers of at least 0, got values from {low:g} to {high:g}")
 
