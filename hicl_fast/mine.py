@@ -236,17 +236,20 @@ class Counts:
 def _run(args: argparse.Namespace) -> Counts:
     from tqdm import tqdm
 
+    # All that is to be read is read before anything is embedded, which may take hours.
+    read = _read_array if _is_array(args.query) else _read_sentences
+    query_rows, corpus_rows = read("query", args.query), read("corpus", args.corpus)
+    positive = _positives(args.positives, len(query_rows), len(corpus_rows))
+    num_candidates = len(corpus_rows) - (positive is not None)
+    if args.skip + args.k > num_candidates:
+        raise ValueError(f"corpus: expected at least skip + k = {args.skip + args.k} candidates, got {num_candidates}")
     encoder = None if _is_array(args.query) else _encoder(args)
-    query, corpus = _side("query", args.query, encoder), _side("corpus", args.corpus, encoder)
+    query, corpus = _side(query_rows, encoder), _side(corpus_rows, encoder)
     if query.embeddings.shape[1] != corpus.embeddings.shape[1]:
         raise ValueError(
             f"corpus: expected rows of length {query.embeddings.shape[1]}, as query has, "
             f"got {corpus.embeddings.shape[1]}"
         )
-    positive = _positives(args.positives, len(query.embeddings), len(corpus.embeddings))
-    num_candidates = len(corpus.embeddings) - (positive is not None)
-    if args.skip + args.k > num_candidates:
-        raise ValueError(f"corpus: expected at least skip + k = {args.skip + args.k} candidates, got {num_candidates}")
     query_text, corpus_text = _text_numbers(query, corpus)
     mined = mine(
         query.embeddings,
@@ -300,11 +303,11 @@ def _is_array(path: Path) -> bool:
     return path.suffix.lower() == ".npy"
 
 
-def _side(name: str, path: Path, encoder: SentenceEncoder | None) -> Side:
-    if encoder is None:
-        return Side(_read_array(name, path), None)
-    sentences = _read_sentences(name, path)
-    return Side(encoder.encode(sentences), sentences)
+def _side(rows: Tensor | list[str], encoder: SentenceEncoder | None) -> Side:
+    if isinstance(rows, list):
+        assert encoder is not None
+        return Side(encoder.encode(rows), rows)
+    return Side(rows, None)
 
 
 def _read_array(name: str, path: Path) -> Tensor:  # (n, D)
@@ -375,6 +378,10 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise ValueError(f"skip: expected 0 to {MOST - args.k}, so that skip + k is at most {MOST}, got {args.skip}")
     if args.max_similarity is not None and not -1 <= args.max_similarity <= 1:
         raise ValueError(f"max_similarity: expected a cosine, -1 to 1, got {args.max_similarity}")
+    if args.pooler_type is not None:
+        from hicl_fast.trainer.token_pooling import POOLERS
+
+        check.one_of("pooler_type", args.pooler_type, POOLERS)
     check_backend(args.backend, "hard_negatives", args.device or "cpu")
 
 
@@ -390,12 +397,25 @@ def _check_files(args: argparse.Namespace) -> None:
     if not _is_array(args.query) and args.model_name_or_path is None:
         raise ValueError(f"model_name_or_path: expected an encoder for the sentences of {args.query}, got none")
     check_output_file("output", args.output)
+    for name in ("query", "corpus", "positives"):
+        path = getattr(args, name)
+        if path is not None and args.output.exists() and args.output.samefile(path):
+            raise ValueError(f"output: expected another file than --{name}, which it would replace, got {args.output}")
 
 
 @contextmanager
 def _written_at_once(path: Path) -> Iterator[TextIO]:
-    """A file that takes its name when it is complete, and otherwise leaves nothing behind."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.resolve().parent, prefix=f".{path.name}.")
+    """A file that takes its name when it is complete, and otherwise leaves nothing behind.
+
+    A pipe or a device (/dev/stdout, /dev/null) is written to as it stands, and what a link leads to takes the place of
+    what it led to.
+    """
+    if path.exists() and not path.is_file():
+        with path.open("w", encoding="utf-8") as file:
+            yield file
+        return
+    path = path.resolve()
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(descriptor, "w", encoding="utf-8") as file:
             yield file

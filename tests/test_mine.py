@@ -301,6 +301,8 @@ def test_permissions(tmp_path: Path, arrays: tuple[Path, Path]) -> None:
         (["--output", "nowhere/out.jsonl"], "output: expected a file in a folder that is there"),
         (["--positives", "POSITIVES"], "positives: expected 7 lines, one for each query, got 2"),
         (["--positives", "WRONG"], "positives: expected a line number of the corpus, 0 to 299, or \"-\", got '300'"),
+        (["--pooler_type", "max"], "pooler_type: expected one of 'cls', "),
+        (["--output", "POSITIVES", "--positives", "POSITIVES"], "output: expected another file than --positives"),
         (["--corpus", "TEXT"], "corpus: expected a file of query's kind"),
         (["--query", "TEXT", "--corpus", "TEXT"], "model_name_or_path: expected an encoder"),
         (["--query", "FLAT"], r"query: expected a float64, float32 or float16 array of shape \(rows, dimensions\)"),
@@ -328,6 +330,51 @@ def test_arguments_that_are_wrong(tmp_path: Path, arrays: tuple[Path, Path], opt
     with pytest.raises(SystemExit, match=f"error: {message}"):
         mine.main([*files(arrays), "--output", str(tmp_path / "out.jsonl"), *given])
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes as POSIX has them")
+def test_outputs_that_are_no_plain_files(tmp_path: Path, arrays: tuple[Path, Path]) -> None:
+    """A link stays one, and a pipe or a device is not replaced by a file."""
+    import threading
+
+    expected = run(tmp_path, *files(arrays))
+    (folder := tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out.jsonl").rename(folder / "real.jsonl")
+    (tmp_path / "out.jsonl").symlink_to(folder / "real.jsonl")
+    assert run(tmp_path, *files(arrays)) == expected
+    assert (tmp_path / "out.jsonl").is_symlink() and len(list(folder.iterdir())) == 1
+
+    os.mkfifo(pipe := tmp_path / "pipe")
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.append(pipe.read_text()), daemon=True)
+    reader.start()
+    mine.main(["--output", str(pipe), *files(arrays)])
+    reader.join(timeout=10)
+    assert pipe.is_fifo() and [json.loads(line) for line in said[0].splitlines()] == expected
+
+
+def test_files_are_read_before_anything_is_embedded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mine, "_encoder", lambda args: pytest.fail("the model was opened"))
+    for name, text in {
+        "query": "a\nb\n",
+        "corpus": "a\nb\nc\n",
+        "gap": "a\n\nb\n",
+        "one": "0\n",
+        "ten": "0\n10\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    for options, words in {
+        "--corpus gap --k 1": "corpus: expected a sentence in each row",
+        "--corpus corpus --k 1 --positives one": "positives: expected 2 lines",
+        "--corpus corpus --k 1 --positives ten": "positives: expected a line number of the corpus, 0 to 2",
+        "--corpus corpus --k 4": "corpus: expected at least skip + k = 4 candidates, got 3",
+    }.items():
+        with pytest.raises(SystemExit):
+            mine.main(f"--query query --model_name_or_path m --output out.jsonl {options}".split())
+        assert capsys.readouterr().err.startswith(f"error: {words}")
 
 
 def test_help_is_light() -> None:

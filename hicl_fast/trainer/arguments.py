@@ -298,4 +298,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "stsb_spearman"
         self.remove_unused_columns = False  # the rows are text, which is no argument of the encoder
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (TypeError, ImportError) as error:  # of an option that it can't do with what it was given or has here
+            raise ValueError(" ".join(str(error).split())) from error

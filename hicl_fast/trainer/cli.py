@@ -32,6 +32,8 @@ from hicl_fast.trainer.text import TrainingText, read_training_text
 from hicl_fast.trainer.trainer import ContrastiveTrainer
 
 SCORES_FILE = "sts_scores.json"
+METRIC = "stsb_spearman"
+SAMPLING = ("random", "sequential")
 OPTIONS = (ModelArguments, DataArguments, MethodArguments, TrainingArguments)
 
 logger = logging.getLogger("hicl_fast.trainer")
@@ -76,6 +78,9 @@ def train(argv: list[str] | None = None) -> dict[str, float | None]:
         Stopped: Ctrl-C or SIGTERM. Then, as when a step fails, what was trained is in a checkpoint.
     """
     trainer, checkpoint = build(args := parse(argv))
+    if checkpoint is None and args.training.process_index == 0:
+        # Now that nothing is left that could refuse the run, and the model, perhaps one of them, has been read.
+        checkpoints.delete_checkpoints(args.training.output_dir)  # type: ignore[arg-type]
     stop = trainer.last_step.stop
     with stop.heard():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -133,6 +138,16 @@ def check_options(args: Arguments) -> None:
         raise ValueError(
             "data_dir: expected SentEval's data folder, as --eval_strategy and --eval_steps need, got none"
         )
+    if training.eval_on_start and training.eval_strategy == "no":
+        raise ValueError("eval_on_start: expected with --eval_strategy steps or epoch, got it with no")
+    metric = training.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") != METRIC:
+        raise ValueError(f"metric_for_best_model: expected {METRIC}, the only one there is, got {check.shown(metric)}")
+    if training.train_sampling_strategy not in SAMPLING:
+        raise ValueError(
+            f"train_sampling_strategy: expected {' or '.join(SAMPLING)}, since lengths are known in batches alone, "
+            f"got {check.shown(training.train_sampling_strategy)}"
+        )
 
 
 def check_report_to(report_to: str | list[str] | None) -> None:
@@ -165,6 +180,23 @@ def check_text(args: Arguments, text: TrainingText) -> None:
     if len(text.rows) < 2:
         raise ValueError(
             f"train_file: expected at least two rows, since a row is told from the others, got 1 in {args.data.train_file}"
+        )
+    check_batches(args, text)
+
+
+def check_batches(args: Arguments, text: TrainingText) -> None:
+    """That there is a batch, and something in it to learn from; otherwise the model is saved as it came."""
+    training, method = args.training, args.method
+    rows = training.train_batch_size * training.world_size
+    if training.dataloader_drop_last and len(text.rows) < rows:
+        raise ValueError(
+            f"dataloader_drop_last: expected at least one whole batch of {rows} rows, got {len(text.rows)} rows"
+        )
+    compared = rows if method.gather != "none" else training.train_batch_size
+    has_own = text.columns > 2 or method.bank == "previous" or method.same_sequence == "negative"
+    if compared == 1 and not has_own:
+        raise ValueError(
+            "per_device_train_batch_size: expected at least 2, since a row is told from the others of its batch, got 1"
         )
 
 
@@ -227,8 +259,6 @@ def choose_checkpoint(args: Arguments, output_dir: Path) -> Path | None:
         world_size=training.world_size,
         overwrite=training.overwrite_output_dir,
     )
-    if checkpoint is None and training.process_index == 0:
-        checkpoints.delete_checkpoints(output_dir)
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
     return checkpoint

@@ -24,7 +24,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from hicl_fast import _checks as check
 from hicl_fast.trainer import modules as folder_modules
+from hicl_fast.trainer.token_pooling import POOLERS
 
 POOLING_KEY = "sentence_pooling"  # in config.json
 DEFAULT_POOLER = "avg"
@@ -59,9 +61,11 @@ def load_encoder(
     such as T5 the encoder is opened.
 
     Raises:
-        ValueError: weights are missing, ``cls`` is asked of an encoder without a pooler layer, there is no encoder to
-            open, or the folder's own modules are none that the trainer has.
+        ValueError: there is no such pooler type, weights are missing, ``cls`` is asked of an encoder without a pooler
+            layer, there is no encoder to open, or the folder's own modules are none that the trainer has.
     """
+    if pooler_type is not None:
+        check.one_of("pooler_type", pooler_type, POOLERS)
     modules = folder_modules.read_modules(name_or_path)
     subfolder = folder_modules.transformer_folder(modules)
     config = AutoConfig.from_pretrained(str(name_or_path), subfolder=subfolder, trust_remote_code=False)

@@ -60,8 +60,16 @@ class ContrastiveTrainer(Trainer):
         try:
             return super().train(*args, **kwargs)
         except BaseException as failure:
+            self._end_progress_bar()
             self.last_step.save(failure)
             raise
+
+    def _end_progress_bar(self) -> None:
+        """So that what is said next begins a line of its own."""
+        for callback in self.callback_handler.callbacks:
+            bar = getattr(callback, "training_bar", None)
+            if bar is not None:
+                bar.close()
 
     def compute_loss(
         self,

@@ -160,12 +160,38 @@ def test_evaluation_during_and_after_training(
         ),
         ({"model_name_or_path": "scratch:huge"}, "model_name_or_path: expected scratch:small"),
         ({"eval_steps": 2}, "data_dir: expected SentEval's data folder, .* got none"),
+        ({"eval_on_start": True}, "eval_on_start: expected with --eval_strategy steps or epoch"),
+        ({"metric_for_best_model": "accuracy"}, "metric_for_best_model: expected stsb_spearman"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: expected random or sequential"),
+        ({"accelerator_config": '{"wrong": 1}'}, ".* 'wrong'"),
+        ({"per_device_train_batch_size": 1}, "per_device_train_batch_size: expected at least 2"),
+        (
+            {"per_device_train_batch_size": 500, "dataloader_drop_last": True},
+            "dataloader_drop_last: expected at least one whole batch of 500 rows, got 160",
+        ),
         ({"train_file": "nowhere.txt"}, r"train_file: .*nowhere\.txt does not exist"),
     ],
 )
 def test_wrong_arguments_are_named(sentences: Path, command: Command, options: dict[str, object], message: str) -> None:
     with pytest.raises(SystemExit, match=f"^error: {message}"):
         main(command(sentences, **options))
+
+
+def test_a_refused_run_deletes_nothing(tmp_path: Path, sentences: Path, command: Command) -> None:
+    kept = tmp_path / "run" / "checkpoint-3" / "model.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    (tmp_path / "no_model").mkdir()
+    for options in ({"model_name_or_path": tmp_path / "no_model"}, {"max_seq_length": 513}):
+        with pytest.raises(SystemExit):
+            main(command(sentences, overwrite_output_dir=True, **options))
+        assert kept.exists()
+
+
+def test_what_went_wrong_begins_a_line(sentences: Path, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(command(sentences, learning_rate=1e9, disable_tqdm=False))
+    assert "\nerror: step 1: the model diverged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
