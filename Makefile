@@ -1,10 +1,13 @@
-# make help lists the targets. PYTHON=python3.12 make ... takes another interpreter, from Python 3.10 on.
+# make help lists the targets. PYTHON=python3.12 make ... takes another interpreter, from Python 3.10 on; JOBS=4 make test
+# runs four processes of tests.
 PYTHON ?= python3
 ARGS ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --quiet
 PYTEST := $(BIN)/python -m pytest -q
+JOBS ?= 2
+IN_PARALLEL := -n $(JOBS) --dist loadfile
 STYLED := hicl_fast kernels benchmarks examples tests tools setup.py
 TYPED := hicl_fast kernels benchmarks examples tools setup.py
 
@@ -30,7 +33,7 @@ bench: $(BUILT) ## time the fused losses against everything comparable (ARGS="--
 test: test-main test-cpus test-gpu-on-cpu test-interpret ## run all the tests (ARGS goes to pytest)
 
 test-main: $(BUILT) ## the tests but those in Triton's interpreter
-	TRITON_INTERPRET=0 $(PYTEST) -m "not interpret" $(ARGS)
+	TRITON_INTERPRET=0 $(PYTEST) $(IN_PARALLEL) -m "not interpret" $(ARGS)
 
 # What fails here fails for a reason that is no GPU's.
 test-gpu-on-cpu: $(BUILT) ## tests/gpu on the CPU: the losses on the backend torch, the CUDA kernels emulated
@@ -42,18 +45,19 @@ OF_CPUS := (cpp or test_ranking or test_types or small_losses) and not compile a
 
 test-cpus: $(BUILT) ## the numerical tests of the backend cpp with every narrower set of row kernels that this processor has
 	@for set in $$($(BIN)/python -c "from hicl_fast.backend import cpp; print(*cpp.row_kernel_sets()[:-1])"); do \
-		echo "HICL_FAST_CPU=$$set TRITON_INTERPRET=0 $(PYTEST) -m 'not slow' -k '$(OF_CPUS)' $(NUMERICAL)"; \
-		HICL_FAST_CPU=$$set TRITON_INTERPRET=0 $(PYTEST) -m "not slow" -k "$(OF_CPUS)" $(NUMERICAL) || exit 1; \
+		echo "HICL_FAST_CPU=$$set TRITON_INTERPRET=0 $(PYTEST) $(IN_PARALLEL) -m 'not slow' -k '$(OF_CPUS)' $(NUMERICAL)"; \
+		HICL_FAST_CPU=$$set TRITON_INTERPRET=0 $(PYTEST) $(IN_PARALLEL) -m "not slow" -k "$(OF_CPUS)" $(NUMERICAL) || exit 1; \
 	done
 
 # The interpreter replaces Triton's compiler for a whole process, so these tests have one of their own.
 test-interpret: $(BUILT) ## the Triton kernels' tests, in Triton's interpreter on the CPU
 	@if $(BIN)/python -c "import triton" 2>/dev/null; \
-	then echo 'TRITON_INTERPRET=1 $(PYTEST) -m interpret $(ARGS)'; TRITON_INTERPRET=1 $(PYTEST) -m interpret $(ARGS); \
+	then echo 'TRITON_INTERPRET=1 $(PYTEST) $(IN_PARALLEL) -m interpret $(ARGS)'; \
+		TRITON_INTERPRET=1 $(PYTEST) $(IN_PARALLEL) -m interpret $(ARGS); \
 	else echo "Triton is not installed: its kernels' tests are left out"; fi
 
 test-quick: $(BUILT) ## the tests that take a few seconds at most
-	TRITON_INTERPRET=0 $(PYTEST) -m "not interpret and not slow" $(ARGS)
+	TRITON_INTERPRET=0 $(PYTEST) $(IN_PARALLEL) -m "not interpret and not slow" $(ARGS)
 
 lint: $(INSTALLED) ## check style (ruff) and types (mypy)
 	$(BIN)/ruff check $(STYLED)
