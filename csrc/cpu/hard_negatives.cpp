@@ -133,9 +133,10 @@ std::tuple<Tensor, Tensor> hard_negatives(const Tensor& query, const Tensor& key
   const int64_t n = query.size(0), d = query.size(1);
   check.that(d > 0, "query", "expected at least one dimension, got 0");
   check.of_any("key", key, types, {kAny, d});
-  check.that(k > 0, "k", "expected at least 1, got ", k);
+  const int64_t m = key.size(0);
+  check.that(0 < k && k <= m, "k", "expected 1 to ", m, ", got ", k);  // before memory is asked for
   check("target", target, ScalarType::Long, {n});
-  check.groups(query_group, n, key_group, key.size(0));
+  check.groups(query_group, n, key_group, m);
   const bool is_double = query.scalar_type() == ScalarType::Double || key.scalar_type() == ScalarType::Double;
   return (is_double ? run<double> : run<float>)(query, key, k, target, query_group, key_group, exclude_target,
                                                  operand_bytes);

@@ -194,6 +194,7 @@ def test_gradients_of_terms(name: str) -> None:
         ("info_nce", CPP[2].arguments | {"k": K - 1}),
         ("info_nce", CPP[2].arguments | {"mixed_pairs": PAIRS - 1}),
         ("hard_negatives", CPP[3].arguments | {"k": 0}),
+        ("hard_negatives", CPP[3].arguments | {"k": M + 1}),
         ("hard_negatives", CPP[3].arguments | {"query": rows(N, 0), "key": rows(M, 0)}),
         ("mixed_negatives", MIXED | {"index": MIXED["index"] - 1}),
         ("mixed_negatives", MIXED | {"index": MIXED["index"] + 1}),
