@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import math
-import sys
 from collections.abc import Collection, Mapping
 from pathlib import PurePath
 from typing import Any
@@ -145,24 +144,29 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
+# Sums are kept in float32: what it doesn't hold would come out as NaN or infinity, far from here.
+_LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+
+
 def is_finite(value: Any) -> bool:
-    """Of a number: not NaN, not infinite, and small enough for a float."""
-    if isinstance(value, int):
-        return abs(value) <= sys.float_info.max
-    return -math.inf < value < math.inf
+    """Of a number: not NaN, not infinite, and small enough for a float32."""
+    return -_LARGEST <= value <= _LARGEST
 
 
 def real_number(name: str, value: object) -> None:
     if not is_number(value):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     if not is_finite(value):
-        raise ValueError(f"{name}: expected a finite number, got {shown(value)}")
+        raise ValueError(
+            f"{name}: expected a finite number, at most {_LARGEST:.1e} as float32 has it, got {shown(value)}"
+        )
 
 
 def positive_number(name: str, value: Any) -> None:
     real_number(name, value)
-    if value <= 0:
-        raise ValueError(f"{name}: expected a number above 0, got {shown(value)}")
+    if value < _SMALLEST:
+        least = "0" if value <= 0 else f"{_SMALLEST:.1e}, as float32 has it"
+        raise ValueError(f"{name}: expected a number above {least}, got {shown(value)}")
 
 
 def non_negative_number(name: str, value: Any) -> None:

@@ -397,6 +397,8 @@ def _check_files(args: argparse.Namespace) -> None:
     if not _is_array(args.query) and args.model_name_or_path is None:
         raise ValueError(f"model_name_or_path: expected an encoder for the sentences of {args.query}, got none")
     check_output_file("output", args.output)
+    if args.output.suffix == ".gz":
+        raise ValueError(f"output: expected a name that is not a compressed file's, got {args.output}")
     for name in ("query", "corpus", "positives"):
         path = getattr(args, name)
         if path is not None and args.output.exists() and args.output.samefile(path):

@@ -299,3 +299,10 @@ def test_describe_is_short_whatever_it_is_given() -> None:
         deep = [deep, {TEXT: deep}, (TENSOR, ARRAY)]
     for value in (*FOREIGN, deep, [[TEXT] * 9] * 9, {i: [TEXT] * 9 for i in range(99)}, np.array([TEXT])[0]):
         assert len(_checks.describe(value)) < 300
+
+
+@pytest.mark.parametrize(("temperature", "weight"), [(1e300, 0.0), (1e-40, 0.0), (0.05, 1e39), (0.05, -1e39)])
+def test_numbers_that_float32_does_not_hold(temperature: float, weight: float) -> None:
+    """They would come out as NaN or infinity."""
+    with pytest.raises(ValueError, match="(temperature|hard_negative_weight): expected .* float32"):
+        FusedInfoNCELoss(temperature, hard_negative_weight=weight)

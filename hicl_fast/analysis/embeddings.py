@@ -40,6 +40,8 @@ def _load(path: str | Path) -> np.ndarray:
         raise ValueError(f"embeddings: expected a .npy file of numbers, got {path}: {error}") from None
     if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"embeddings: expected a .npy file of floating-point numbers, got another in {path}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"embeddings: expected finite numbers, got NaN or infinity in {path}")
     return array
 
 

@@ -47,6 +47,8 @@ def paradigm(
     Inputs may be float64, float32, bfloat16 or float16, of mixed types and any strides; sums are kept in float32
     (float64). A zero row has similarity 0 to everything and gets gradient 0.
 
+    Further derivatives are those of plain PyTorch, at its cost: whatever an equation holds constant stays constant in them.
+
     Args:
         u: (N, D) one view; need not be normalised. A single row has no negatives: see docs/paradigm.md.
         v: (N, D) the other; row i is u_i's positive, all others its negatives.

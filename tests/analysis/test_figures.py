@@ -118,3 +118,12 @@ def test_alignment_uniformity_and_histograms() -> None:
     cross = normalise(u) @ normalise(v).T
     assert torch.equal(negative, torch.histc(cross[others], 20, -1, 1)) and negative.sum() == 40 * 39
     assert torch.equal(positive, torch.histc(cross.diagonal(), 20, -1, 1))
+
+
+def test_embeddings_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    wrong = np.ones((4, 3), dtype=np.float32)
+    np.save(tmp_path / "u.npy", wrong)
+    wrong[1, 2] = np.nan
+    np.save(tmp_path / "v.npy", wrong)
+    with pytest.raises(ValueError, match="embeddings: expected finite numbers, got NaN or infinity in .*v.npy"):
+        embeddings.load_views([tmp_path / "u.npy", tmp_path / "v.npy"])
