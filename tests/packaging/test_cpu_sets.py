@@ -30,5 +30,7 @@ def test_the_narrowest_can_be_asked_for() -> None:
 def test_a_set_that_the_processor_has_not_is_refused() -> None:
     done = said("avx1024")
     assert done.returncode != 0
-    expected = f"HICL_FAST_CPU: expected one of {', '.join(cpp.row_kernel_sets())}, which this processor has, got 'avx1024'"
+    expected = (
+        f"HICL_FAST_CPU: expected one of {', '.join(cpp.row_kernel_sets())}, which this processor has, got 'avx1024'"
+    )
     assert done.stderr.splitlines()[-1] == f"ValueError: {expected}"
