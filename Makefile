@@ -40,8 +40,8 @@ test-gpu-on-cpu: $(BUILT) ## tests/gpu on the CPU: the losses on the backend tor
 	HICL_FAST_GPU_TESTS_DEVICE=cpu $(PYTEST) tests/gpu $(ARGS)
 
 # test-main takes the widest set of row kernels that the processor has; here are the others.
-NUMERICAL := tests/ops tests/losses tests/integrations/test_sentence_transformers.py
-OF_CPUS := (cpp or test_ranking or test_types or small_losses) and not compile and not export
+NUMERICAL := tests/ops tests/integrations/test_sentence_transformers.py
+OF_CPUS := (cpp or sentence_transformers and (ranking or types or small)) and not (torch or compile or export or blocks or any_shape)
 
 test-cpus: $(BUILT) ## the numerical tests of the backend cpp with every narrower set of row kernels that this processor has
 	@for set in $$($(BIN)/python -c "from hicl_fast.backend import cpp; print(*cpp.row_kernel_sets()[:-1])"); do \

@@ -44,21 +44,31 @@ struct Length {
   T shrink;
 };
 
+// Short rows' are exact: of one dimension x/‖x‖ is ±1, and what is left of its gradient 0.
 template <typename T>
-Length<T> length_beyond_squares(const T* row, int64_t d, T squared) {
+double squared_length(const T* row, int64_t d) {
+  constexpr int64_t kFew = 32;
+  if (d >= kFew) return double(row_kernels<T>().dot(row, row, d));
+  double squared = 0;
+  for (int64_t i = 0; i < d; ++i) squared += double(row[i]) * double(row[i]);
+  return squared;
+}
+
+template <typename T>
+Length<T> length_beyond_squares(const T* row, int64_t d, double squared) {
   if (squared < Squares<T>::kLeast) {  // what counts is whether it is zero: all others are below the floor
     const bool is_zero = std::all_of(row, row + d, [](T x) { return x == 0; });
-    return {is_zero ? 0.0 : std::max(std::sqrt(double(squared)), double(std::numeric_limits<T>::min())), T(1)};
+    return {is_zero ? 0.0 : std::max(std::sqrt(squared), double(std::numeric_limits<T>::min())), T(1)};
   }
   const RowKernels<T>& k = row_kernels<T>();
   std::vector<T> shorter(d);
   k.scale(row, Squares<T>::kShrink, shorter.data(), d);
-  return {std::sqrt(double(k.dot(shorter.data(), shorter.data(), d))), Squares<T>::kShrink};
+  return {std::sqrt(squared_length(shorter.data(), d)), Squares<T>::kShrink};
 }
 template <typename T>
 Length<T> length(const T* row, int64_t d) {
-  const T squared = row_kernels<T>().dot(row, row, d);
-  if (squared >= Squares<T>::kLeast && squared < Squares<T>::kMost) return {std::sqrt(double(squared)), T(1)};
+  const double squared = squared_length(row, d);
+  if (squared >= Squares<T>::kLeast && squared < Squares<T>::kMost) return {std::sqrt(squared), T(1)};
   return length_beyond_squares(row, d, squared);
 }
 

@@ -14,6 +14,7 @@ from torch import Tensor
 import hicl_fast.functional as HF
 from hicl_fast import reference
 from hicl_fast.ops import positive_mixing as op
+from hicl_fast.ops.unit_rows import UnitRows
 
 
 def at_cosine(cosine: float, length: float) -> Tensor:
@@ -136,9 +137,8 @@ def test_search_finds_the_lowest_mean_rank_over_all_negatives(seed: int) -> None
         others, torch.zeros(()),
     )  # fmt: skip
 
-    chosen = op._search(
-        d1[within], d2[within], p.norm(dim=1), n.norm(dim=1), (p * n).sum(dim=1), torch.ones_like(d1[within]).bool()
-    )
+    units = (UnitRows.of(x, x.dtype) for x in (p, n))
+    chosen = op._search(d1[within], d2[within], *units, torch.ones_like(d1[within]).bool())
     w1, w2 = (float(w) for w in chosen)
     assert any(math.isclose(w1 * 10, a) for a in range(21)) and any(math.isclose(w2 * 10, b) for b in range(21))
     rank, margin = rank_and_margin(query, p, n, others, (w1, w2))
