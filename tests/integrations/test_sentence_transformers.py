@@ -413,7 +413,7 @@ def test_gist_ties() -> None:
     positive = torch.randn(61, 301, generator=generator)[torch.arange(61) % 7]
     guide = gist.Embeddings(anchor, positive, (), 0)
     threshold = gist._threshold(guide, gist.GistOptions(0.01, 0.0, False, False, False, torch.nn.CrossEntropyLoss()))
-    exact, unit = (gist._Pairing(a, 0, b) for a, b in ((anchor, positive), (gist._unit(anchor), gist._unit(positive))))
+    exact, unit = (gist._Pairing(a, 0, b) for a, b in ((anchor, positive), (gist.unit(anchor), gist.unit(positive))))
     wanted = torch.nn.CosineSimilarity(dim=-1)(anchor[:, None], positive[None]) > threshold
     assert torch.equal(gist._above(threshold, exact, unit, slice(0, 61)), wanted)
     assert not torch.equal(unit.row @ unit.column.T > threshold, wanted), "the product alone would decide otherwise"
