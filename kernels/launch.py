@@ -249,12 +249,13 @@ def normalise(x: Tensor, floor: float, unit: Tensor | None = None) -> Rows:
     away = torch.zeros(1, dtype=torch.int64, device=x.device)
     if not x.shape[0]:
         return Rows(x, inverse, away)
-    shorter, tile = torch.empty_like(x), row_tile(x.shape[1])
+    has_long = x.dtype != torch.float16  # which is all within float32's squares
+    shorter, tile = torch.empty_like(x) if has_long else x, row_tile(x.shape[1])
     distance = (shorter.data_ptr() - x.data_ptr()) // x.element_size()
     _rows.normalise_kernel[_row_grid(x, tile)](
         x, inverse, unit, away, distance, *x.shape, floor, WRITES_UNIT=unit is not None, **tile.options()
     )
-    if x.dtype != torch.float16:  # none of whose rows is long
+    if has_long:
         _rows.shorten_kernel[_row_grid(x, tile)](x, inverse, away, shorter, *x.shape, **tile.options())
     return Rows(x, inverse, away, shorter)
 

@@ -148,13 +148,9 @@ def _from_query_hardened(batch: Batch, rules: Rules) -> Tensor:  # (B,)
     if "query_to_query" in rules.directions:
         terms.append(_log_sum(query, [batch.queries], rules, index, batch.groups(own=True)))
     logits = torch.cat([torch.stack(terms, dim=1), _own_negative_logits(batch, rules)], dim=1)
-    return F.softplus(_log_sum_of_any(logits) - rules.scale * similarity)  # the positive stays out of the sum
-
-
-def _log_sum_of_any(logits: Tensor) -> Tensor:  # (B, C) -> (B,)
-    """Log-sum-exp by row; −∞ without gradient where a row has nothing but that."""
-    has_any = (logits != -torch.inf).any(dim=1)
-    return torch.logsumexp(logits.masked_fill(~has_any[:, None], 0.0), dim=1).masked_fill(~has_any, -torch.inf)
+    some = (logits != -torch.inf).any(dim=1)  # or there is nothing but the positive, which stays out of the sum
+    log_sum = torch.logsumexp(torch.where(some[:, None], logits, 0.0), dim=1)
+    return torch.where(some, F.softplus(log_sum - rules.scale * similarity), 0.0)
 
 
 def _from_document(batch: Batch, rules: Rules, reduction: Literal["mean", "none"]) -> Tensor:
