@@ -64,7 +64,7 @@ def _sides(rows: Tensor, dtype: torch.dtype) -> tuple[_Sides, Tensor]:
     rows = rows.to(dtype)
     largest = rows.detach().abs().amax().clamp_min(_SHORTEST)  # (): squares of what it divides stay in the range
     squared = (rows / largest).square().sum(dim=1, keepdim=True)  # (N, 1)
-    length = squared.detach().max().sqrt().clamp_min(_SHORTEST) * _HEADROOM  # ()
+    length = squared.detach().max().sqrt().clamp_min(1.0) * _HEADROOM  # (); 1 but where all rows are zero
     return _Sides(rows, (length.square() - squared).sqrt() * largest), length * largest
 
 
