@@ -107,7 +107,8 @@ def test_compiles(arch: str, operand: str, k: int) -> None:
     element, precision = PRODUCTS[operand]
     types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
     types |= dict.fromkeys(("query_ptr", "key_ptr"), f"*{element}")
-    types |= dict.fromkeys(("special_ptr", "query_group_ptr", "key_group_ptr", "best_ptr"), "*i64")
+    indices = ("special_ptr", "query_group_ptr", "key_group_ptr", "best_ptr", "query_away_ptr", "key_away_ptr")
+    types |= dict.fromkeys(indices, "*i64")
     blocks = {name: value for name, value in tile.options().items() if name.startswith("BLOCK")}
     constants = {"SPECIAL": 1, "GROUPS": 1, "KEPT": hard_negatives.kept(k), "PRECISION": precision, **blocks}
     needs = resources_of(compile_for(arch, kernel, types, constants, tile.num_warps, tile.num_stages))
