@@ -23,6 +23,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "sanitize"
 SANITIZERS = "-fsanitize=address,undefined"
@@ -70,8 +72,9 @@ def load() -> None:
     spec.loader.exec_module(module)
 
 
-def pytest_configure() -> None:
-    """This module is a plugin of the pytest that it starts."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests() -> None:
+    """This module is a plugin of the pytest that it starts: before a conftest imports hicl_fast, which loads its own."""
     load()
 
 
