@@ -157,9 +157,9 @@ def real_number(name: str, value: object) -> None:
     if not is_number(value):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     if not is_finite(value):
-        raise ValueError(
-            f"{name}: expected a finite number, at most {_LARGEST:.1e} as float32 has it, got {shown(value)}"
-        )
+        is_large = isinstance(value, int) or math.isfinite(value)  # type: ignore[arg-type]
+        expected = f"a number of at most {_LARGEST:.1e}, as float32 has it" if is_large else "a finite number"
+        raise ValueError(f"{name}: expected {expected}, got {shown(value)}")
 
 
 def positive_number(name: str, value: Any) -> None:
