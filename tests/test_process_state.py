@@ -38,7 +38,7 @@ def state() -> dict[str, Any]:
         "dtype": torch.get_default_dtype(),
         "device": torch.get_default_device(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "mkldnn": torch.backends.mkldnn.flags and torch._C._get_mkldnn_enabled(),
+        "mkldnn": torch._C._get_mkldnn_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
         "grad": torch.is_grad_enabled(),
         "anomaly": torch.is_anomaly_enabled(),

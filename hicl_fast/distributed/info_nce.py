@@ -14,7 +14,7 @@ from hicl_fast.distributed.agreement import Shares
 from hicl_fast.distributed.gathering import gather_labels, gather_rows
 from hicl_fast.distributed.ranks import Gather, Ranks
 from hicl_fast.distributed.ring import foreign_log_sum_exp
-from hicl_fast.ops.problem import host_number
+from hicl_fast.functional._arguments import scale
 from hicl_fast.reference.info_nce import Reduction
 
 # From the keys of all ranks, their groups and the place of the first own one among them: the keys to score, and further
@@ -171,7 +171,7 @@ def _with_ring(
     lse, foreign_hardest = foreign_log_sum_exp(
         query.rows,
         block,
-        scale_of(temperature),
+        scale(temperature, query.rows, block),
         ranks=ranks,
         shares=shares,
         precision=precision or "default",
@@ -207,10 +207,3 @@ def _block_groups(query_group: Tensor, key_group: Tensor, key: Part, negatives: 
 def nobody(query_group: Tensor) -> Tensor:
     """A group (1,) that none of the queries is in."""
     return (query_group.max() + 1)[None]
-
-
-def scale_of(temperature: float | Tensor) -> Tensor:
-    """1/τ as a 0-d tensor, of a number in host memory."""
-    if isinstance(temperature, Tensor):
-        return temperature.to(torch.promote_types(temperature.dtype, torch.float32)).reciprocal()
-    return host_number(1.0 / temperature)

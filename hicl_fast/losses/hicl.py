@@ -124,9 +124,8 @@ class FusedHiCLLoss(nn.Module):
             A scalar, float32 (float64 where an input is float64).
         """
         if offsets is None:
-            if (
-                sequence_group is not None and not self.gather
-            ):  # all ranks have to hear of it, and do in the global loss
+            # With gather all ranks have to hear of what is wrong, and do in the global loss.
+            if sequence_group is not None and not self.gather:
                 check.floating_matrix("segments", segments, "(S, D)")
                 check.index_vector(
                     "sequence_group", sequence_group, len(segments), "a group for each sequence", segments

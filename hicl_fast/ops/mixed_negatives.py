@@ -91,9 +91,14 @@ def _run_backward(
         )
 
 
-def _run_registered(query: Tensor, bank: Tensor, index: Tensor, pairs: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _check(query: Tensor, bank: Tensor, index: Tensor, pairs: Tensor, **found: Tensor) -> None:
+    """``found``: what the forward pass left, and its gradient, (N, m) each."""
     inputs = {"query": (query, "ND"), "bank": (bank, "BD"), "index": (index, "Nk"), "pairs": (pairs, "Nm2")}
-    check_shapes("mixed_negatives", **inputs)
+    check_shapes("mixed_negatives", **inputs, **{name: (x, "Nm") for name, x in found.items()})
+
+
+def _run_registered(query: Tensor, bank: Tensor, index: Tensor, pairs: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    _check(query, bank, index, pairs)
     return _run(query, bank, index, pairs, *rest)
 
 
@@ -108,9 +113,7 @@ def _run_backward_registered(
     cosine_grad: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    inputs = {"query": (query, "ND"), "bank": (bank, "BD"), "index": (index, "Nk"), "pairs": (pairs, "Nm2")}
-    found = {"cosine": (cosine, "Nm"), "inverse_norm": (inverse_norm, "Nm"), "cosine_grad": (cosine_grad, "Nm")}
-    check_shapes("mixed_negatives_backward", **inputs, **found)
+    _check(query, bank, index, pairs, cosine=cosine, inverse_norm=inverse_norm, cosine_grad=cosine_grad)
     check_indices("index", index, bank.shape[0], "rows of bank")
     check_indices("pairs", pairs, index.shape[1], "columns of index")
     return _run_backward(query, bank, index, pairs, alpha, cosine, inverse_norm, cosine_grad, *rest)
