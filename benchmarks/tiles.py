@@ -23,7 +23,7 @@ from hicl_fast.ops.problem import NORM_FLOOR
 with needs("triton", __name__):
     from hicl_fast.kernels import launch
     from hicl_fast.kernels.launch import Columns, Rows
-    from hicl_fast.kernels.tiles import Tile
+    from hicl_fast.kernels.tiles import EXP, Tile
 
     from hicl_fast.backend.row_kernels import row_kernels
 
@@ -76,7 +76,7 @@ def measure(query: Tensor, key: Tensor, seconds: float, results: Results) -> Non
             amplitude=1.0, wants_dot=False, precision="ieee",
         )  # fmt: skip
 
-    now = launch.tile_for(query, "ieee", narrow=False)
+    now = launch.tile_for([rows.operand, columns.vectors.operand], "ieee", EXP)
     candidates = {"as it is": now, **others(now)}
     product = torch.empty(num_rows, num_cols, dtype=query.dtype, device=device)
     steps: dict[str, Step] = {LIMIT: lambda: torch.mm(query, key.T, out=product)}
@@ -101,18 +101,23 @@ def measure(query: Tensor, key: Tensor, seconds: float, results: Results) -> Non
 def others(now: Tile) -> dict[str, Tile]:
     """Variations of the tile in use: of how it is run, and of its shape."""
     depth = now.depth
+    plain = replace(now, persistent=False, described=False)
+    shapes = {
+        f"{rows} × {cols}, {num_warps} warps": replace(plain, rows=rows, cols=cols, num_warps=num_warps, num_stages=3)
+        for rows, cols, num_warps in ((128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 128, 4), (128, 64, 4))
+    }
+    described = {f"{name}, described": replace(tile, described=True) for name, tile in shapes.items() if now.described}
     return {
-        "128 registers": replace(now, max_registers=128),
+        "a program a tile": replace(now, persistent=False),
+        "a program a multiprocessor": replace(now, persistent=True),
         "2 stages": replace(now, num_stages=2),
         "4 stages": replace(now, num_stages=4),
         "band of 4": replace(now, band=4),
         "band of 16": replace(now, band=16),
-        "half the depth, 4 stages": replace(now, depth=max(16, depth // 2), num_stages=4),
-        "128 × 128, 4 warps": replace(now, rows=128, cols=128, num_warps=4),
-        "128 × 64, 4 warps": replace(now, rows=128, cols=64, num_warps=4),
-        "64 × 128, 4 warps": replace(now, rows=64, cols=128, num_warps=4),
-        "128 × 256, 8 warps": replace(now, rows=128, cols=256, num_warps=8),
-        "256 × 128, 8 warps": replace(now, rows=256, cols=128, num_warps=8),
+        "half the depth, twice the stages": replace(now, depth=max(16, depth // 2), num_stages=2 * now.num_stages),
+        "128 registers": replace(plain, rows=128, cols=128, num_warps=8, max_registers=128),
+        **shapes,
+        **described,
     }
 
 

@@ -8,8 +8,8 @@ columns. So whatever the order of the comparisons, the result is the same.
 # ruff: noqa: N803
 import triton
 import triton.language as tl
-from hicl_fast.kernels.similarity import EXCLUDED, POSITIVE, is_special, same_group, similarities
-from hicl_fast.kernels.tiles import Tile, similarity_tile
+from hicl_fast.kernels.similarity import EXCLUDED, POSITIVE, same_group, similarities, special_columns
+from hicl_fast.kernels.tiles import STATISTICS, Tile, similarity_tile
 
 NO_VALUE = -(1 << 31)  # a key's upper half where there is no column: below those of all floats
 
@@ -23,7 +23,7 @@ def kept(k: int) -> int:
 
 def hard_negatives_tile(arch: str, operand: str, k: int) -> Tile:
     """The tile where each row keeps k keys beside it: fewer rows for more keys, so that all stays in registers."""
-    tile = similarity_tile(arch, operand)
+    tile = similarity_tile(arch, operand, STATISTICS)
     rows = 32 if kept(k) <= 64 else 16
     return Tile(
         min(rows, tile.rows),
@@ -45,10 +45,8 @@ def keys_of(s, cols):
 
 @triton.jit
 def hard_negatives_kernel(
-    query_ptr,  # (num_rows, dim)
-    key_ptr,  # (num_cols, dim)
-    query_away_ptr,  # (1,) int64
-    key_away_ptr,  # (1,) int64
+    query,  # (num_rows, dim)
+    key,  # (num_cols, dim)
     query_inverse_ptr,  # (num_rows,)
     key_inverse_ptr,  # (num_cols,)
     special_ptr,  # (num_rows,) int64 the column that is left out
@@ -64,12 +62,14 @@ def hard_negatives_kernel(
     GROUPS: tl.constexpr,
     KEPT: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
 ):
     """A program goes through one part of the columns for one tile of rows."""
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first_row = tl.program_id(0) * BLOCK_ROWS
+    rows = first_row + tl.arange(0, BLOCK_ROWS)
     part = tl.program_id(1)
     end = tl.minimum((part + 1) * part_cols, num_cols)
     no_key = tl.full((), -9223372036854775808, dtype=tl.int64)
@@ -78,12 +78,12 @@ def hard_negatives_kernel(
     for start in range(part * part_cols, end, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
         s = similarities(
-            query_ptr, key_ptr, query_away_ptr, key_away_ptr, query_inverse_ptr, key_inverse_ptr,
-            rows, cols, num_rows, num_cols, dim, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION,
+            query, key, query_inverse_ptr, key_inverse_ptr, first_row, start, num_rows, num_cols, dim,
+            BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION, DESCRIBED,
         )  # fmt: skip
         counts = (cols < end)[None, :]
         if SPECIAL == POSITIVE:
-            counts = counts & (is_special(special_ptr, rows, cols, num_rows) == 0)
+            counts = counts & (cols[None, :] != special_columns(special_ptr, rows, num_rows)[:, None])
         if GROUPS == EXCLUDED:
             counts = counts & (same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols) == 0)
         keys = tl.where(counts, keys_of(s, cols), no_key)

@@ -15,8 +15,9 @@ from hicl_fast.kernels import products as _products
 from hicl_fast.kernels import rows as _rows
 from hicl_fast.kernels import segment_pool as _segment_pool
 from hicl_fast.kernels import similarity as _similarity
-from hicl_fast.kernels.tiles import RowTile, Tile, narrow_tile, row_tile, similarity_tile
+from hicl_fast.kernels.tiles import STATISTICS, RowTile, Tile, row_tile, similarity_tile
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # What a row's special column is, and what columns of its group are: see kernels/similarity.py.
 NOTHING, POSITIVE, OWN_NEGATIVE = 0, 1, 2
@@ -35,12 +36,10 @@ class Rows:
 
     x: Tensor  # (N, D) contiguous, as they came
     inverse: Tensor  # (N,) float32: 1 / ‖x‖, 0 for a zero row
-    # (1,) int64: how many elements after x its rows are to be read for products; 0 unless some are long.
-    away: Tensor | None = None
-    shorter: Tensor | None = None  # (N, D) where they then are, with the long ones made shorter
+    operand: Tensor  # (N, D) what products take: x, its long rows made shorter
 
     def __getitem__(self, rows: slice) -> Rows:
-        return Rows(self.x[rows], self.inverse[rows], self.away, self.shorter)
+        return Rows(self.x[rows], self.inverse[rows], self.operand[rows])
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,12 @@ class Columns:
         return self.vectors.x.shape[0]
 
     def for_rows(self, rows: slice) -> dict[str, Any]:
-        """The kernels' arguments for a chunk of rows."""
+        """The kernels' arguments for a chunk of rows, but for the operands."""
 
         def chunk(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[rows]
 
         return {
-            "key_ptr": self.vectors.x,
-            "key_away_ptr": self.vectors.away,
             "key_inverse_ptr": self.vectors.inverse,
             "special_ptr": chunk(self.special_column),
             "query_group_ptr": chunk(self.query_group),
@@ -90,12 +87,20 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def tile_for(x: Tensor, precision: str, *, narrow: bool) -> Tile:
-    """The tile for similarities of vectors of x's type, multiplied in ``precision`` ("ieee" or "tf32").
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once where one fills a multiprocessor; a few in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
-    ``similarity_slopes`` and statistics by column need the narrow one.
+
+def tile_for(operands: list[Tensor], precision: str, use: str) -> Tile:
+    """The tile for similarities of vectors (N, D) of one type, multiplied in ``precision`` ("ieee" or "tf32").
+
+    ``use`` is one of kernels/tiles.py's.
     """
-    return (narrow_tile if narrow else similarity_tile)(architecture(x.device), operand_of(x, precision))
+    x = operands[0]
+    can_describe = x.shape[1] * x.element_size() % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in operands)
+    return similarity_tile(architecture(x.device), operand_of(x, precision), use, can_describe)
 
 
 def operand_of(x: Tensor, precision: str) -> str:
@@ -124,13 +129,11 @@ def exp_similarities(
 ) -> None:
     """``out = amplitude · exp(ℓ − offset)`` and its sums by row."""
     num_rows = query.x.shape[0]
-    _similarity.exp_kernel[_grid(num_rows, columns.count, tile)](
-        query_ptr=query.x,
-        query_away_ptr=query.away,
+    _similarity.exp_kernel[_programs(query, columns, tile)](
         query_inverse_ptr=query.inverse,
         scale_ptr=scale,
         offset_ptr=offset,
-        exp_ptr=out,
+        exp_out=_output(out, tile),
         partials_ptr=partials,
         num_rows=num_rows,
         exp_stride=out.stride(0),
@@ -139,6 +142,7 @@ def exp_similarities(
         amplitude=amplitude,
         WANTS_DOT=wants_dot,
         PRECISION=precision,
+        **_operands(query, columns, tile),
         **columns.for_rows(rows),
         **tile.options(),
     )
@@ -158,9 +162,7 @@ def similarity_statistics(
 ) -> None:
     """Sums by row, and by column where they are asked for; nothing of size R × C is kept."""
     num_rows = query.x.shape[0]
-    _similarity.statistics_kernel[_grid(num_rows, columns.count, tile)](
-        query_ptr=query.x,
-        query_away_ptr=query.away,
+    _similarity.statistics_kernel[_programs(query, columns, tile)](
         query_inverse_ptr=query.inverse,
         scale_ptr=scale,
         positive_logit_ptr=positive_logit,
@@ -172,6 +174,7 @@ def similarity_statistics(
         own_bias=columns.own_bias,
         HAS_COLUMNS=column_partials is not None,
         PRECISION=precision,
+        **_operands(query, columns, tile),
         **columns.for_rows(rows),
         **tile.options(),
     )
@@ -195,9 +198,7 @@ def similarity_slopes(
     """``out = Σ factor · exp(ℓ − offset)`` over row and column, less the share of the further positives."""
     num_rows = query.x.shape[0]
     column_offset, column_factor = by_column or (None, None)
-    _similarity.slope_kernel[_grid(num_rows, columns.count, tile)](
-        query_ptr=query.x,
-        query_away_ptr=query.away,
+    _similarity.slope_kernel[_programs(query, columns, tile)](
         query_inverse_ptr=query.inverse,
         scale_ptr=scale,
         row_offset_ptr=by_row[0],
@@ -205,7 +206,7 @@ def similarity_slopes(
         positives_share_ptr=positives_share,
         column_offset_ptr=column_offset,
         column_factor_ptr=column_factor,
-        slope_ptr=out,
+        slope_out=_output(out, tile),
         dot_ptr=dot,
         num_rows=num_rows,
         slope_stride=out.stride(0),
@@ -213,6 +214,7 @@ def similarity_slopes(
         HAS_COLUMNS=by_column is not None,
         WANTS_DOT=wants_dot,
         PRECISION=precision,
+        **_operands(query, columns, tile),
         **columns.for_rows(rows),
         **tile.options(),
     )
@@ -226,14 +228,39 @@ def product(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
     num_rows, num_cols, depth = a.shape[0], b.shape[1], a.shape[1]
     out = torch.empty(num_rows, num_cols, dtype=torch.float32, device=a.device) if onto is None else onto
     if out.numel():
-        tile = similarity_tile(architecture(a.device), "fp32")
-        options = {name: value for name, value in tile.options().items() if name != "BAND"}
+        tile = similarity_tile(architecture(a.device), "fp32", STATISTICS)
         grid = (triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_cols, tile.cols),)
         _products.product_kernel[grid](
             a, b, out, num_rows, num_cols, depth, *a.stride(), *b.stride(), *out.stride(),
-            ADDS=onto is not None, **options,
+            ADDS=onto is not None, **tile.blocks(),
         )  # fmt: skip
     return out
+
+
+def _programs(query: Rows, columns: Columns, tile: Tile) -> tuple[int]:
+    (num_tiles,) = _grid(query.x.shape[0], columns.count, tile)
+    return (min(num_tiles, multiprocessors(query.x.device)) if tile.persistent else num_tiles,)
+
+
+def _described(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
+    """x (R, C), rows at multiples of 16 bytes, as what the hardware copies blocks of rows × cols from or to."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, cols])
+
+
+def _operands(query: Rows, columns: Columns, tile: Tile) -> dict[str, Any]:
+    """The kernels' arguments for what is multiplied."""
+    query_rows, key_rows = query.operand, columns.vectors.operand
+    if not tile.described:
+        return {"query": query_rows, "key": key_rows, "DESCRIBED": False}
+    return {
+        "query": _described(query_rows, tile.rows, tile.depth),
+        "key": _described(key_rows, tile.cols, tile.depth),
+        "DESCRIBED": True,
+    }
+
+
+def _output(out: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
+    return _described(out, tile.rows, tile.cols) if tile.described else out
 
 
 def _grid(num_rows: int, num_cols: int, tile: Tile) -> tuple[int]:
@@ -246,18 +273,15 @@ def _grid(num_rows: int, num_cols: int, tile: Tile) -> tuple[int]:
 def normalise(x: Tensor, floor: float, unit: Tensor | None = None) -> Rows:
     """The rows of x (N, D), contiguous, with their inverse norms; writes the unit rows to ``unit`` (N, D) if given."""
     inverse = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    away = torch.zeros(1, dtype=torch.int64, device=x.device)
-    if not x.shape[0]:
-        return Rows(x, inverse, away)
     has_long = x.dtype != torch.float16  # which is all within float32's squares
-    shorter, tile = torch.empty_like(x) if has_long else x, row_tile(x.shape[1])
-    distance = (shorter.data_ptr() - x.data_ptr()) // x.element_size()
-    _rows.normalise_kernel[_row_grid(x, tile)](
-        x, inverse, unit, away, distance, *x.shape, floor, WRITES_UNIT=unit is not None, **tile.options()
-    )
-    if has_long:
-        _rows.shorten_kernel[_row_grid(x, tile)](x, inverse, away, shorter, *x.shape, **tile.options())
-    return Rows(x, inverse, away, shorter)
+    operand = torch.empty_like(x) if has_long else x
+    if x.shape[0]:
+        tile = row_tile(x.shape[1])
+        _rows.normalise_kernel[_row_grid(x, tile)](
+            x, inverse, unit, operand, *x.shape, floor,
+            WRITES_UNIT=unit is not None, WRITES_OPERAND=has_long, **tile.options(),
+        )  # fmt: skip
+    return Rows(x, inverse, operand)
 
 
 def scale_rows(rows: Rows, factor: Tensor) -> Tensor:
@@ -414,10 +438,7 @@ def hardest(
     tiles_per_part = min(col_tiles, max(_FEWEST_TILES, triton.cdiv(col_tiles * row_tiles, _PROGRAMS)))
     parts = triton.cdiv(col_tiles, tiles_per_part)
     best = torch.empty(num_rows, parts * kept, dtype=torch.int64, device=query.x.device)
-    options = {name: value for name, value in tile.options().items() if name != "BAND"}
     _hard_negatives.hard_negatives_kernel[(row_tiles, parts)](
-        query_ptr=query.x,
-        query_away_ptr=query.away,
         query_inverse_ptr=query.inverse,
         best_ptr=best,
         num_rows=num_rows,
@@ -425,8 +446,9 @@ def hardest(
         parts=parts,
         KEPT=kept,
         PRECISION=precision,
+        **_operands(query, columns, tile),
         **columns.for_rows(slice(None)),
-        **options,
+        **tile.blocks(),
     )
     return best.topk(k, dim=1).values
 
@@ -468,7 +490,6 @@ def paradigm_statistics(
         y_ptr=y.x,
         x_inverse_ptr=x.inverse,
         y_inverse_ptr=y.inverse,
-        away_ptr=x.away,
         hardest_ptr=by_row.value,
         nearest_ptr=by_row.place,
         column_hardest_ptr=None if by_column is None else by_column.value,
@@ -477,13 +498,14 @@ def paradigm_statistics(
         num_rows=num_rows,
         num_cols=num_cols,
         dim=x.x.shape[1],
-        first_row=first_row,
+        first_own=first_row,
         plane_stride=0 if partials is None else partials.stride(0),
         temperature=temperature,
         HAS_COLUMNS=by_column is not None,
         HAS_LSE=partials is not None,
         PRECISION=precision,
-        **tile.options(),
+        BAND=tile.band,
+        **tile.blocks(),
     )
 
 
@@ -508,7 +530,6 @@ def paradigm_weights(
         y_ptr=y.x,
         x_inverse_ptr=x.inverse,
         y_inverse_ptr=y.inverse,
-        away_ptr=x.away,
         log_factor_ptr=log_factor,
         weights_ptr=out,
         hardest_ptr=by_row.value,
@@ -517,12 +538,13 @@ def paradigm_weights(
         num_rows=num_rows,
         num_cols=num_cols,
         dim=x.x.shape[1],
-        first_row=first_row,
+        first_own=first_row,
         weights_stride=out.stride(0),
         parameter=parameter,
         WEIGHT=_paradigm.WEIGHTS[weight].value,
         PRECISION=precision,
-        **tile.options(),
+        BAND=tile.band,
+        **tile.blocks(),
     )
 
 

@@ -11,7 +11,7 @@ sent to one place.
 import triton
 import triton.language as tl
 from hicl_fast.kernels.rows import load_rows, store_rows
-from hicl_fast.kernels.similarity import similarities, store_sums, sum_of_exp, tile_of_program
+from hicl_fast.kernels.similarity import LN_2, LOG2_E, similarities, store_sums, sum_of_exp2, tile_at
 
 from hicl_fast.reference.paradigm import POWER_FLOOR
 
@@ -64,7 +64,6 @@ def statistics_kernel(
     y_ptr,  # (num_cols, dim) unit rows
     x_inverse_ptr,  # (num_rows,) ones
     y_inverse_ptr,  # (num_cols,) ones
-    away_ptr,  # (1,) int64 zero: unit rows are read where they are
     hardest_ptr,  # out (column tiles, num_rows) the largest similarity
     nearest_ptr,  # out (column tiles, num_rows) int32 its column
     column_hardest_ptr,  # out (row tiles, num_cols)
@@ -73,7 +72,7 @@ def statistics_kernel(
     num_rows,
     num_cols,
     dim,
-    first_row,  # the column that the first row leaves out
+    first_own,  # the column that the first row leaves out
     plane_stride,
     temperature,
     HAS_COLUMNS: tl.constexpr,
@@ -84,22 +83,22 @@ def statistics_kernel(
     BLOCK_DEPTH: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    row_tile, col_tile = tile_of_program(num_rows, num_cols, BLOCK_ROWS, BLOCK_COLS, BAND)
-    rows = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    row_tile, col_tile = tile_at(tl.program_id(0), num_rows, num_cols, BLOCK_ROWS, BLOCK_COLS, BAND)
+    first_row, first_col = row_tile * BLOCK_ROWS, col_tile * BLOCK_COLS
+    rows, cols = first_row + tl.arange(0, BLOCK_ROWS), first_col + tl.arange(0, BLOCK_COLS)
     s = similarities(
-        x_ptr, y_ptr, away_ptr, away_ptr, x_inverse_ptr, y_inverse_ptr,
-        rows, cols, num_rows, num_cols, dim, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION,
+        x_ptr, y_ptr, x_inverse_ptr, y_inverse_ptr, first_row, first_col, num_rows, num_cols, dim,
+        BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION, False,
     )  # fmt: skip
-    own = first_row + rows
+    own = first_own + rows
     counts = (rows < num_rows)[:, None] & (cols < num_cols)[None, :] & (cols[None, :] != own[:, None])
     store_largest(hardest_ptr, nearest_ptr, col_tile, rows, num_rows, s, counts, cols, 1)
     if HAS_COLUMNS:
         store_largest(column_hardest_ptr, column_index_ptr, row_tile, cols, num_cols, s, counts, own, 0)
     if HAS_LSE:
-        most, total = sum_of_exp(s / temperature, counts, 1)
+        most, total = sum_of_exp2(tl.where(counts, s / temperature * LOG2_E, float("-inf")), 1)
         store_sums(partials_ptr, plane_stride, EXP_SUM, col_tile, rows, num_rows, total)
-        store_sums(partials_ptr, plane_stride, MAX, col_tile, rows, num_rows, most)
+        store_sums(partials_ptr, plane_stride, MAX, col_tile, rows, num_rows, most * LN_2)
 
 
 @triton.jit
@@ -108,7 +107,6 @@ def weights_kernel(
     y_ptr,  # (num_cols, dim) unit rows
     x_inverse_ptr,  # (num_rows,) ones
     y_inverse_ptr,  # (num_cols,) ones
-    away_ptr,  # (1,) int64 zero: unit rows are read where they are
     log_factor_ptr,  # (num_rows,)
     weights_ptr,  # out (num_rows, num_cols), 0 on the diagonal
     hardest_ptr,  # out (column tiles, num_rows)
@@ -117,7 +115,7 @@ def weights_kernel(
     num_rows,
     num_cols,
     dim,
-    first_row,  # the column that the first row leaves out
+    first_own,  # the column that the first row leaves out
     weights_stride,
     parameter,
     WEIGHT: tl.constexpr,
@@ -127,15 +125,15 @@ def weights_kernel(
     BLOCK_DEPTH: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    row_tile, col_tile = tile_of_program(num_rows, num_cols, BLOCK_ROWS, BLOCK_COLS, BAND)
-    rows = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    row_tile, col_tile = tile_at(tl.program_id(0), num_rows, num_cols, BLOCK_ROWS, BLOCK_COLS, BAND)
+    first_row, first_col = row_tile * BLOCK_ROWS, col_tile * BLOCK_COLS
+    rows, cols = first_row + tl.arange(0, BLOCK_ROWS), first_col + tl.arange(0, BLOCK_COLS)
     s = similarities(
-        x_ptr, y_ptr, away_ptr, away_ptr, x_inverse_ptr, y_inverse_ptr,
-        rows, cols, num_rows, num_cols, dim, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION,
+        x_ptr, y_ptr, x_inverse_ptr, y_inverse_ptr, first_row, first_col, num_rows, num_cols, dim,
+        BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION, False,
     )  # fmt: skip
     inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
-    counts = inside & (cols[None, :] != (first_row + rows)[:, None])
+    counts = inside & (cols[None, :] != (first_own + rows)[:, None])
     store_largest(hardest_ptr, nearest_ptr, col_tile, rows, num_rows, s, counts, cols, 1)
     log_factor = tl.load(log_factor_ptr + tl.minimum(rows, num_rows - 1))
     weights = tl.where(counts, weight_of(s, log_factor[:, None], parameter, WEIGHT), 0.0)

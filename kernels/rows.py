@@ -54,12 +54,12 @@ def normalise_kernel(
     x_ptr,  # (num_rows, dim)
     inverse_ptr,  # out (num_rows,) 1 / max(‖x‖, floor), 0 for a zero row
     unit_ptr,  # out (num_rows, dim)
-    away_ptr,  # out (1,) int64, 0 before: ``distance``, where a row is long
-    distance: tl.int64,
+    operand_ptr,  # out (num_rows, dim): the rows for products, long ones times SHRINK
     num_rows,
     dim,
     floor,
     WRITES_UNIT: tl.constexpr,
+    WRITES_OPERAND: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
@@ -74,29 +74,11 @@ def normalise_kernel(
     is_zero = (squared == 0.0) & (tl.max(tl.abs(x), axis=1) == 0.0)
     inverse = tl.where(is_zero, 0.0, 1.0 / tl.maximum(norm, floor * shrink) + (norm - norm))
     tl.store(inverse_ptr + rows, inverse * shrink, mask=inside)
-    tl.store(away_ptr, distance, mask=tl.max((inside & is_long(inverse * shrink)).to(tl.int32), axis=0) > 0)
     if WRITES_UNIT:
         store_rows(unit_ptr, rows, inside, dim, x * inverse[:, None], BLOCK_DIM)
-
-
-@triton.jit
-def shorten_kernel(
-    x_ptr,  # (num_rows, dim)
-    inverse_ptr,  # (num_rows,)
-    away_ptr,  # (1,) int64
-    shorter_ptr,  # out (num_rows, dim): the rows, long ones times SHRINK; left as it is where none is long
-    num_rows,
-    dim,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-):
-    if tl.load(away_ptr) != 0:
-        rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        inside = rows < num_rows
-        inverse = tl.load(inverse_ptr + rows, mask=inside, other=0.0)
-        shrink = tl.where(is_long(inverse), SHRINK, 1.0)
-        x = load_rows(x_ptr, rows, inside, dim, BLOCK_DIM)
-        store_rows(shorter_ptr, rows, inside, dim, x * shrink[:, None], BLOCK_DIM)
+    if WRITES_OPERAND:  # a row may be long for its norm and yet not for products
+        grown = tl.where(is_long(inverse * shrink), SHRINK, 1.0) / shrink
+        store_rows(operand_ptr, rows, inside, dim, x * grown[:, None], BLOCK_DIM)
 
 
 @triton.jit

@@ -1,8 +1,10 @@
 """Tiles of scaled cosine similarities ℓ = scale · (q·k) / (‖q‖ ‖k‖), and what InfoNCE makes of them.
 
 Three kernels over the same tile: ``statistics_kernel`` keeps sums only, ``exp_kernel`` stores exp(ℓ − offset), and
-``slope_kernel`` stores ∂loss/∂s where that is no product of a row's factor and exp(ℓ − offset). A program does one
-tile and writes its sums beside those of the other tiles: no atomics, so every run gives the same bits.
+``slope_kernel`` stores ∂loss/∂s where that is no product of a row's factor and exp(ℓ − offset). A tile's sums are written
+beside those of the other tiles: no atomics, so every run gives the same bits. There is a program a tile or, with
+PERSISTENT, one a multiprocessor: then a tile's operands are on their way while the one before it ends. ``query`` and
+``key`` are pointers or, with DESCRIBED, descriptors of blocks that the hardware copies.
 
 The operands are the inputs as they came, not their normalised copies: bfloat16 inputs are multiplied exactly, and the
 inverse norms are applied to the float32 sums. The positive never takes part, since rounding it would drown the
@@ -32,12 +34,20 @@ MAX = tl.constexpr(2)  # max ℓ
 POSITIVES_SHIFT = tl.constexpr(3)  # Σ ℓ − the target's ℓ, over the further positives
 
 
+# One loop over tiles and depth lets a tile's loads start before the one before it ends. With Triton 3.6 that was measured
+# to be faster (1.62 ms instead of 1.78, see kernels/tiles.py); later ones then spill.
+FLATTENS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+TINY = tl.constexpr(2.0**-126)  # the smallest number that isn't taken for 0
+
+
 @triton.jit
-def tile_of_program(num_rows, num_cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BAND: tl.constexpr):
-    """The program's tile: down a band of rows, then on to the next columns."""
+def tile_at(program, num_rows, num_cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BAND: tl.constexpr):
+    """A program's tile: down a band of rows, then on to the next columns."""
     row_tiles = tl.cdiv(num_rows, BLOCK_ROWS)
     col_tiles = tl.cdiv(num_cols, BLOCK_COLS)
-    program = tl.program_id(0)
     band = program // (BAND * col_tiles)
     height = tl.minimum(row_tiles - band * BAND, BAND)
     in_band = program % (BAND * col_tiles)
@@ -51,15 +61,11 @@ def inverse_of_operand(inverse):
 
 
 @triton.jit
-def similarities(
-    query_ptr,  # (num_rows, dim)
-    key_ptr,  # (num_cols, dim)
-    query_away_ptr,  # (1,) int64: how many elements away the rows are to be read; 0 unless some are long
-    key_away_ptr,  # (1,) int64
-    query_inverse_ptr,  # (num_rows,) 1 / ‖q‖
-    key_inverse_ptr,  # (num_cols,)
-    rows,
-    cols,
+def products(
+    query,  # (num_rows, dim)
+    key,  # (num_cols, dim)
+    first_row,
+    first_col,
     num_rows,
     num_cols,
     dim,
@@ -67,26 +73,63 @@ def similarities(
     BLOCK_COLS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
-    """Cosines (BLOCK_ROWS, BLOCK_COLS) in float32. Rows and columns past the end repeat the last one."""
-    row = tl.minimum(rows, num_rows - 1).to(tl.int64)
-    col = tl.minimum(cols, num_cols - 1).to(tl.int64)
-    depth = tl.arange(0, BLOCK_DEPTH)
-    # Memory that is copied to begins at multiples of what the compiler may take for granted of the pointers.
-    query_away, key_away = tl.multiple_of(tl.load(query_away_ptr), 16), tl.multiple_of(tl.load(key_away_ptr), 16)
-    query_ptrs = (query_ptr + query_away) + row[:, None] * dim + depth[None, :]
-    key_ptrs = (key_ptr + key_away) + col[None, :] * dim + depth[:, None]
+    """q·k of a tile, (BLOCK_ROWS, BLOCK_COLS) in float32. What lies past the end is finite where the inputs are."""
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
-    for start in range(0, dim, BLOCK_DEPTH):
-        inside = depth < dim - start
-        query = tl.load(query_ptrs, mask=inside[None, :], other=0.0)
-        key = tl.load(key_ptrs, mask=inside[:, None], other=0.0)
-        total = tl.dot(query, key, total, input_precision=PRECISION)
-        query_ptrs += BLOCK_DEPTH
-        key_ptrs += BLOCK_DEPTH
-    query_inverse = inverse_of_operand(tl.load(query_inverse_ptr + row))
-    key_inverse = inverse_of_operand(tl.load(key_inverse_ptr + col))
+    if DESCRIBED:
+        for start in range(0, dim, BLOCK_DEPTH):
+            total = tl.dot(
+                query.load([first_row, start]), key.load([first_col, start]).T, total, input_precision=PRECISION
+            )
+        return total
+    else:
+        row = tl.minimum(first_row + tl.arange(0, BLOCK_ROWS), num_rows - 1).to(tl.int64)
+        col = tl.minimum(first_col + tl.arange(0, BLOCK_COLS), num_cols - 1).to(tl.int64)
+        depth = tl.arange(0, BLOCK_DEPTH)
+        query_ptrs = query + row[:, None] * dim + depth[None, :]
+        key_ptrs = key + col[None, :] * dim + depth[:, None]
+        for start in range(0, dim, BLOCK_DEPTH):
+            inside = depth < dim - start
+            of_query = tl.load(query_ptrs, mask=inside[None, :], other=0.0)
+            of_key = tl.load(key_ptrs, mask=inside[:, None], other=0.0)
+            total = tl.dot(of_query, of_key, total, input_precision=PRECISION)
+            query_ptrs += BLOCK_DEPTH
+            key_ptrs += BLOCK_DEPTH
+        return total
+
+
+@triton.jit
+def similarities(
+    query,  # (num_rows, dim)
+    key,  # (num_cols, dim)
+    query_inverse_ptr,  # (num_rows,) 1 / ‖q‖
+    key_inverse_ptr,  # (num_cols,)
+    first_row,
+    first_col,
+    num_rows,
+    num_cols,
+    dim,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):
+    """Cosines of a tile, (BLOCK_ROWS, BLOCK_COLS) in float32."""
+    total = products(
+        query, key, first_row, first_col, num_rows, num_cols, dim,
+        BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION, DESCRIBED,
+    )  # fmt: skip
+    query_inverse = inverses(query_inverse_ptr, first_row + tl.arange(0, BLOCK_ROWS), num_rows)
+    key_inverse = inverses(key_inverse_ptr, first_col + tl.arange(0, BLOCK_COLS), num_cols)
     return total * query_inverse[:, None] * key_inverse[None, :]
+
+
+@triton.jit
+def inverses(inverse_ptr, at, num):
+    """1 / ‖x‖ of the rows as products have them."""
+    return inverse_of_operand(tl.load(inverse_ptr + tl.minimum(at, num - 1)))
 
 
 @triton.jit
@@ -98,10 +141,29 @@ def same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols):
 
 
 @triton.jit
-def is_special(special_ptr, rows, cols, num_rows):
-    """Whether the column is the row's special one, (BLOCK_ROWS, BLOCK_COLS)."""
-    special = tl.load(special_ptr + tl.minimum(rows, num_rows - 1)).to(tl.int32)  # columns are counted in 32 bits
-    return cols[None, :] == special[:, None]
+def special_columns(special_ptr, rows, num_rows):
+    """Each row's special column, (BLOCK_ROWS,); columns are counted in 32 bits."""
+    return tl.load(special_ptr + tl.minimum(rows, num_rows - 1)).to(tl.int32)
+
+
+@triton.jit
+def any_within(special, first_col, BLOCK_COLS: tl.constexpr):
+    """Whether any row's special column is in the tile; the same for all its threads."""
+    is_here = (special >= first_col) & (special < first_col + BLOCK_COLS)
+    return tl.max(is_here.to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def row_slope(query_inverse, scale_ptr):
+    """What makes the logit's power of 2 of q·k / ‖k‖, (BLOCK_ROWS,)."""
+    slope = query_inverse * (tl.load(scale_ptr) * LOG2_E)
+    return tl.where(slope == 0.0, TINY, slope)  # of a zero row: −∞ times 0 is no number
+
+
+@triton.jit
+def cosine(most, query_inverse):
+    """The similarity of the largest q·k / ‖k‖; −inf where there is none."""
+    return tl.where(most == float("-inf"), most, most * query_inverse)
 
 
 @triton.jit
@@ -112,10 +174,8 @@ def store_sums(partials_ptr, plane_stride, plane, col_tile, rows, num_rows, valu
 
 @triton.jit
 def exp_kernel(
-    query_ptr,  # (num_rows, dim)
-    key_ptr,  # (num_cols, dim)
-    query_away_ptr,  # (1,) int64
-    key_away_ptr,  # (1,) int64
+    query,  # (num_rows, dim)
+    key,  # (num_cols, dim)
     query_inverse_ptr,  # (num_rows,)
     key_inverse_ptr,  # (num_cols,)
     scale_ptr,  # (1,)
@@ -123,7 +183,7 @@ def exp_kernel(
     special_ptr,  # (num_rows,) int64
     query_group_ptr,  # (num_rows,) int64
     key_group_ptr,  # (num_cols,) int64
-    exp_ptr,  # out (num_rows, num_cols): amplitude · exp(ℓ − offset), 0 for a column that is left out
+    exp_out,  # out (num_rows, num_cols): amplitude · exp(ℓ − offset), 0 for a column that is left out
     partials_ptr,  # out (3, column tiles, num_rows): EXP_SUM, HARDEST, DOT
     num_rows,
     num_cols,
@@ -136,39 +196,71 @@ def exp_kernel(
     GROUPS: tl.constexpr,
     WANTS_DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
     BAND: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
-    """One tile of exp(ℓ − offset), and by row its sum, its product with s, and the largest s."""
-    row_tile, col_tile = tile_of_program(num_rows, num_cols, BLOCK_ROWS, BLOCK_COLS, BAND)
-    rows = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    s = similarities(
-        query_ptr, key_ptr, query_away_ptr, key_away_ptr, query_inverse_ptr, key_inverse_ptr,
-        rows, cols, num_rows, num_cols, dim, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION,
-    )  # fmt: skip
-    counts = (cols < num_cols)[None, :]
-    logits = s * tl.load(scale_ptr)
-    if SPECIAL == POSITIVE:
-        counts = counts & (is_special(special_ptr, rows, cols, num_rows) == 0)
-    if SPECIAL == OWN_NEGATIVE:
-        logits += tl.where(is_special(special_ptr, rows, cols, num_rows), own_bias, 0.0)
-    if GROUPS == EXCLUDED:
-        counts = counts & (same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols) == 0)
+    """Tiles of exp(ℓ − offset), and by row their sums, their products with s, and the largest s.
 
-    offset = tl.load(offset_ptr + tl.minimum(rows, num_rows - 1))
-    e = tl.where(counts, tl.exp(logits - offset[:, None]), 0.0)
-    store_sums(partials_ptr, plane_stride, EXP_SUM, col_tile, rows, num_rows, tl.sum(e, axis=1))
-    hardest = tl.max(tl.where(counts, s, float("-inf")), axis=1)
-    store_sums(partials_ptr, plane_stride, HARDEST, col_tile, rows, num_rows, hardest)
-    if WANTS_DOT:
-        dot = tl.sum(tl.where(counts, e * s, 0.0), axis=1)
-        store_sums(partials_ptr, plane_stride, DOT, col_tile, rows, num_rows, dot)
-    exp_ptrs = (exp_ptr + rows.to(tl.int64) * exp_stride)[:, None] + cols[None, :]
-    inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
-    tl.store(exp_ptrs, (e * amplitude).to(exp_ptr.dtype.element_ty), mask=inside)
+    What every element costs is what a tile's end costs, so it is little: y = q·k / ‖k‖ in place of the similarity, whose
+    1 / ‖q‖ is left to the row's factor of the exponent and to the row's sums, and exp as a power of 2. A column that is
+    left out has y = −∞, and only tiles that have one look for it.
+    """
+    num_tiles = tl.cdiv(num_rows, BLOCK_ROWS) * tl.cdiv(num_cols, BLOCK_COLS)
+    for program in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTENS and PERSISTENT):
+        row_tile, col_tile = tile_at(program, num_rows, num_cols, BLOCK_ROWS, BLOCK_COLS, BAND)
+        first_row, first_col = row_tile * BLOCK_ROWS, col_tile * BLOCK_COLS
+        rows, cols = first_row + tl.arange(0, BLOCK_ROWS), first_col + tl.arange(0, BLOCK_COLS)
+        total = products(
+            query, key, first_row, first_col, num_rows, num_cols, dim,
+            BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION, DESCRIBED,
+        )  # fmt: skip
+        y = total * inverses(key_inverse_ptr, cols, num_cols)[None, :]
+        query_inverse = inverses(query_inverse_ptr, rows, num_rows)
+        has_left_out = first_col + BLOCK_COLS > num_cols
+        if SPECIAL != NOTHING:
+            special = special_columns(special_ptr, rows, num_rows)
+        if SPECIAL == POSITIVE:
+            has_left_out = has_left_out | any_within(special, first_col, BLOCK_COLS)
+        if has_left_out:
+            counts = (cols < num_cols)[None, :]
+            if SPECIAL == POSITIVE:
+                counts = counts & (cols[None, :] != special[:, None])
+            y = tl.where(counts, y, float("-inf"))
+        if GROUPS == EXCLUDED:
+            in_group = same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols)
+            y = tl.where(in_group, float("-inf"), y)
+        hardest = cosine(tl.max(y, axis=1), query_inverse)
+        store_sums(partials_ptr, plane_stride, HARDEST, col_tile, rows, num_rows, hardest)
+
+        offset = tl.load(offset_ptr + tl.minimum(rows, num_rows - 1))
+        offset = tl.where(offset == float("-inf"), 0.0, offset)  # of a row that has nothing but left-out columns
+        shift = offset * LOG2_E - tl.log2(amplitude)
+        exponent = y * row_slope(query_inverse, scale_ptr)[:, None] - shift[:, None]
+        if SPECIAL == OWN_NEGATIVE:
+            exponent += tl.where(cols[None, :] == special[:, None], own_bias * LOG2_E, 0.0)
+        e = tl.exp2(exponent)
+        store_sums(partials_ptr, plane_stride, EXP_SUM, col_tile, rows, num_rows, tl.sum(e, axis=1) / amplitude)
+        if WANTS_DOT:
+            dot = tl.sum(tl.where(e == 0.0, 0.0, e * y), axis=1) * query_inverse / amplitude
+            store_sums(partials_ptr, plane_stride, DOT, col_tile, rows, num_rows, dot)
+        if DESCRIBED:
+            exp_out.store([first_row, first_col], e.to(exp_out.dtype))
+        else:
+            exp_ptrs = (exp_out + rows.to(tl.int64) * exp_stride)[:, None] + cols[None, :]
+            inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+            tl.store(exp_ptrs, e.to(exp_out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sum_of_exp2(x, AXIS: tl.constexpr):
+    """The maximum m of the powers, −inf where there is none, and Σ 2^(x − m)."""
+    most = tl.max(x, axis=AXIS)
+    reference = tl.where(most == float("-inf"), 0.0, most)
+    return most, tl.sum(tl.exp2(x - tl.expand_dims(reference, AXIS)), axis=AXIS)
 
 
 @triton.jit
@@ -182,10 +274,8 @@ def sum_of_exp(logits, counts, AXIS: tl.constexpr):
 
 @triton.jit
 def statistics_kernel(
-    query_ptr,  # (num_rows, dim)
-    key_ptr,  # (num_cols, dim)
-    query_away_ptr,  # (1,) int64
-    key_away_ptr,  # (1,) int64
+    query,  # (num_rows, dim)
+    key,  # (num_cols, dim)
     query_inverse_ptr,  # (num_rows,)
     key_inverse_ptr,  # (num_cols,)
     scale_ptr,  # (1,)
@@ -205,53 +295,64 @@ def statistics_kernel(
     GROUPS: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
     BAND: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
     """What one tile adds to its rows' (and columns') log-sum-exp. Stores no similarity."""
-    row_tile, col_tile = tile_of_program(num_rows, num_cols, BLOCK_ROWS, BLOCK_COLS, BAND)
-    rows = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    s = similarities(
-        query_ptr, key_ptr, query_away_ptr, key_away_ptr, query_inverse_ptr, key_inverse_ptr,
-        rows, cols, num_rows, num_cols, dim, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION,
-    )  # fmt: skip
-    counts = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
-    logits = s * tl.load(scale_ptr)
-    if SPECIAL == POSITIVE:
-        counts = counts & (is_special(special_ptr, rows, cols, num_rows) == 0)
-    if SPECIAL == OWN_NEGATIVE:
-        logits += tl.where(is_special(special_ptr, rows, cols, num_rows), own_bias, 0.0)
-    is_negative = counts
-    if GROUPS == EXCLUDED:
-        counts = counts & (same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols) == 0)
-        is_negative = counts
-    if GROUPS == POSITIVES:
-        in_group = same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols)
-        is_negative = counts & (in_group == 0)
-        positive_logit = tl.load(positive_logit_ptr + tl.minimum(rows, num_rows - 1))
-        shift = tl.sum(tl.where(counts & in_group, logits - positive_logit[:, None], 0.0), axis=1)
-        store_sums(partials_ptr, plane_stride, POSITIVES_SHIFT, col_tile, rows, num_rows, shift)
+    num_tiles = tl.cdiv(num_rows, BLOCK_ROWS) * tl.cdiv(num_cols, BLOCK_COLS)
+    for program in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTENS and PERSISTENT):
+        row_tile, col_tile = tile_at(program, num_rows, num_cols, BLOCK_ROWS, BLOCK_COLS, BAND)
+        first_row, first_col = row_tile * BLOCK_ROWS, col_tile * BLOCK_COLS
+        rows, cols = first_row + tl.arange(0, BLOCK_ROWS), first_col + tl.arange(0, BLOCK_COLS)
+        total = products(
+            query, key, first_row, first_col, num_rows, num_cols, dim,
+            BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION, DESCRIBED,
+        )  # fmt: skip
+        y = total * inverses(key_inverse_ptr, cols, num_cols)[None, :]
+        query_inverse = inverses(query_inverse_ptr, rows, num_rows)
+        has_left_out = (first_row + BLOCK_ROWS > num_rows) | (first_col + BLOCK_COLS > num_cols)
+        if SPECIAL != NOTHING:
+            special = special_columns(special_ptr, rows, num_rows)
+        if SPECIAL == POSITIVE:
+            has_left_out = has_left_out | any_within(special, first_col, BLOCK_COLS)
+        if has_left_out:
+            counts = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+            if SPECIAL == POSITIVE:
+                counts = counts & (cols[None, :] != special[:, None])
+            y = tl.where(counts, y, float("-inf"))
+        if GROUPS == EXCLUDED:
+            in_group = same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols)
+            y = tl.where(in_group, float("-inf"), y)
+        x = y * row_slope(query_inverse, scale_ptr)[:, None]  # the logit's power of 2
+        if SPECIAL == OWN_NEGATIVE:
+            x += tl.where(cols[None, :] == special[:, None], own_bias * LOG2_E, 0.0)
+        if GROUPS == POSITIVES:
+            in_group = same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols)
+            positive_logit = tl.load(positive_logit_ptr + tl.minimum(rows, num_rows - 1))
+            is_positive = in_group & (y != float("-inf"))
+            shift = tl.sum(tl.where(is_positive, x * LN_2 - positive_logit[:, None], 0.0), axis=1)
+            store_sums(partials_ptr, plane_stride, POSITIVES_SHIFT, col_tile, rows, num_rows, shift)
+            y = tl.where(in_group, float("-inf"), y)
 
-    hardest = tl.max(tl.where(is_negative, s, float("-inf")), axis=1)
-    store_sums(partials_ptr, plane_stride, HARDEST, col_tile, rows, num_rows, hardest)
-    most, total = sum_of_exp(logits, counts, 1)
-    store_sums(partials_ptr, plane_stride, MAX, col_tile, rows, num_rows, most)
-    store_sums(partials_ptr, plane_stride, EXP_SUM, col_tile, rows, num_rows, total)
-    if HAS_COLUMNS:
-        most, total = sum_of_exp(logits, counts, 0)
-        store_sums(column_partials_ptr, column_plane_stride, 0, row_tile, cols, num_cols, total)
-        store_sums(column_partials_ptr, column_plane_stride, 1, row_tile, cols, num_cols, most)
+        hardest = cosine(tl.max(y, axis=1), query_inverse)
+        store_sums(partials_ptr, plane_stride, HARDEST, col_tile, rows, num_rows, hardest)
+        most, total = sum_of_exp2(x, 1)
+        store_sums(partials_ptr, plane_stride, MAX, col_tile, rows, num_rows, most * LN_2)
+        store_sums(partials_ptr, plane_stride, EXP_SUM, col_tile, rows, num_rows, total)
+        if HAS_COLUMNS:
+            most, total = sum_of_exp2(x, 0)
+            store_sums(column_partials_ptr, column_plane_stride, 0, row_tile, cols, num_cols, total)
+            store_sums(column_partials_ptr, column_plane_stride, 1, row_tile, cols, num_cols, most * LN_2)
 
 
 @triton.jit
 def slope_kernel(
-    query_ptr,  # (num_rows, dim)
-    key_ptr,  # (num_cols, dim)
-    query_away_ptr,  # (1,) int64
-    key_away_ptr,  # (1,) int64
+    query,  # (num_rows, dim)
+    key,  # (num_cols, dim)
     query_inverse_ptr,  # (num_rows,)
     key_inverse_ptr,  # (num_cols,)
     scale_ptr,  # (1,)
@@ -263,7 +364,7 @@ def slope_kernel(
     special_ptr,  # (num_rows,) int64
     query_group_ptr,  # (num_rows,) int64
     key_group_ptr,  # (num_cols,) int64
-    slope_ptr,  # out (num_rows, num_cols)
+    slope_out,  # out (num_rows, num_cols)
     dot_ptr,  # out (column tiles, num_rows): Σ s · slope
     num_rows,
     num_cols,
@@ -275,41 +376,57 @@ def slope_kernel(
     HAS_COLUMNS: tl.constexpr,
     WANTS_DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
     BAND: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
     """One tile of ∂loss/∂s: the row's softmax, the column's where the loss is symmetric, less the positives' share."""
-    row_tile, col_tile = tile_of_program(num_rows, num_cols, BLOCK_ROWS, BLOCK_COLS, BAND)
-    rows = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    s = similarities(
-        query_ptr, key_ptr, query_away_ptr, key_away_ptr, query_inverse_ptr, key_inverse_ptr,
-        rows, cols, num_rows, num_cols, dim, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION,
-    )  # fmt: skip
-    logits = s * tl.load(scale_ptr)
-    if SPECIAL == OWN_NEGATIVE:
-        logits += tl.where(is_special(special_ptr, rows, cols, num_rows), own_bias, 0.0)
-    row = tl.minimum(rows, num_rows - 1)
-    slope = tl.exp(logits - tl.load(row_offset_ptr + row)[:, None]) * tl.load(row_factor_ptr + row)[:, None]
-    if HAS_COLUMNS:
-        col = tl.minimum(cols, num_cols - 1)
-        by_column = tl.exp(logits - tl.load(column_offset_ptr + col)[None, :])
-        slope += by_column * tl.load(column_factor_ptr + col)[None, :]
-    counts = (cols < num_cols)[None, :]
-    if SPECIAL == POSITIVE:
-        counts = counts & (is_special(special_ptr, rows, cols, num_rows) == 0)
-    if GROUPS != ORDINARY:
-        in_group = same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols)
-        if GROUPS == EXCLUDED:
-            counts = counts & (in_group == 0)
+    num_tiles = tl.cdiv(num_rows, BLOCK_ROWS) * tl.cdiv(num_cols, BLOCK_COLS)
+    for program in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTENS and PERSISTENT):
+        row_tile, col_tile = tile_at(program, num_rows, num_cols, BLOCK_ROWS, BLOCK_COLS, BAND)
+        first_row, first_col = row_tile * BLOCK_ROWS, col_tile * BLOCK_COLS
+        rows, cols = first_row + tl.arange(0, BLOCK_ROWS), first_col + tl.arange(0, BLOCK_COLS)
+        total = products(
+            query, key, first_row, first_col, num_rows, num_cols, dim,
+            BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION, DESCRIBED,
+        )  # fmt: skip
+        y = total * inverses(key_inverse_ptr, cols, num_cols)[None, :]
+        query_inverse = inverses(query_inverse_ptr, rows, num_rows)
+        x = y * row_slope(query_inverse, scale_ptr)[:, None]  # the logit's power of 2
+        has_left_out = first_col + BLOCK_COLS > num_cols
+        if SPECIAL != NOTHING:
+            special = special_columns(special_ptr, rows, num_rows)
+        if SPECIAL == OWN_NEGATIVE:
+            x += tl.where(cols[None, :] == special[:, None], own_bias * LOG2_E, 0.0)
+        if SPECIAL == POSITIVE:
+            has_left_out = has_left_out | any_within(special, first_col, BLOCK_COLS)
+        row = tl.minimum(rows, num_rows - 1)
+        row_shift, row_factor = tl.load(row_offset_ptr + row) * LOG2_E, tl.load(row_factor_ptr + row)
+        slope = tl.exp2(x - row_shift[:, None]) * row_factor[:, None]
+        if HAS_COLUMNS:
+            col = tl.minimum(cols, num_cols - 1)
+            column_shift, column_factor = tl.load(column_offset_ptr + col) * LOG2_E, tl.load(column_factor_ptr + col)
+            slope += tl.exp2(x - column_shift[None, :]) * column_factor[None, :]
+        if GROUPS != ORDINARY:
+            in_group = same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols)
+            if GROUPS == EXCLUDED:
+                slope = tl.where(in_group, 0.0, slope)
+            else:
+                slope -= tl.where(in_group, tl.load(positives_share_ptr + row)[:, None], 0.0)
+        if has_left_out:
+            counts = (cols < num_cols)[None, :]
+            if SPECIAL == POSITIVE:
+                counts = counts & (cols[None, :] != special[:, None])
+            slope = tl.where(counts, slope, 0.0)
+        if WANTS_DOT:
+            dot = tl.sum(slope * y, axis=1) * query_inverse
+            store_sums(dot_ptr, 0, 0, col_tile, rows, num_rows, dot)
+        if DESCRIBED:
+            slope_out.store([first_row, first_col], slope.to(slope_out.dtype))
         else:
-            slope -= tl.where(in_group, tl.load(positives_share_ptr + row)[:, None], 0.0)
-    slope = tl.where(counts, slope, 0.0)
-    if WANTS_DOT:
-        dot = tl.sum(tl.where(counts, slope * s, 0.0), axis=1)
-        store_sums(dot_ptr, 0, 0, col_tile, rows, num_rows, dot)
-    slope_ptrs = (slope_ptr + rows.to(tl.int64) * slope_stride)[:, None] + cols[None, :]
-    inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
-    tl.store(slope_ptrs, slope.to(slope_ptr.dtype.element_ty), mask=inside)
+            slope_ptrs = (slope_out + rows.to(tl.int64) * slope_stride)[:, None] + cols[None, :]
+            inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+            tl.store(slope_ptrs, slope.to(slope_out.dtype.element_ty), mask=inside)

@@ -14,8 +14,7 @@ def normalise(x: Tensor, floor: float, unit: Tensor | None = None) -> Rows:
     """The rows of x (N, D), contiguous, with their inverse norms; writes the unit rows to ``unit`` (N, D) if given."""
     with torch._C._AutoDispatchBelowAutograd():
         inverse = _operators.normalise_rows(x, floor, unit)
-    # Of a row that is too long for its products, the inverse norm is NaN.
-    return Rows(x, inverse, torch.zeros(1, dtype=torch.int64, device=x.device))
+    return Rows(x, inverse, x)  # of a row that is too long for its products, the inverse norm is NaN
 
 
 def scale_rows(rows: Rows, factor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from hicl_fast.backend.triton_device import on_device
 from hicl_fast.backend.triton_operands import Operands
 from hicl_fast.backend.triton_products import InputGradients
 from hicl_fast.kernels import launch
-from hicl_fast.kernels.tiles import Tile
+from hicl_fast.kernels.tiles import EXP, HEAVY_EXP, NARROW, POSITIVES, STATISTICS, Tile
 from hicl_fast.ops.problem import Gradients, Problem, RowStatistics, Wanted
 
 CHUNK_BYTES = 1 << 30  # of stored slopes, unless that makes chunks too low
@@ -89,17 +89,22 @@ class _Sweeps:
     def __init__(self, operands: Operands, wanted: Wanted) -> None:
         self.operands, self.wanted = operands, wanted
         self.problem, self.scale = operands.problem, operands.scale
-        self.wide = self._tiling(narrow=False)
-        self.narrow = self._tiling(narrow=True)
+        has_own = any(columns.special == launch.OWN_NEGATIVE for columns in operands.columns)
+        self.exp = self._tiling(HEAVY_EXP if has_own or self.wanted.scale else EXP)
+        self.sums = self._tiling(
+            NARROW if self.problem.symmetric else POSITIVES if operands.has_several_positives else STATISTICS
+        )
+        self.slopes = self._tiling(NARROW)
         self.widths = [-(-columns.count // _ALIGNMENT) * _ALIGNMENT for columns in operands.columns]
         extra = self.problem.extra_logits
         # −inf leaves a column out; +inf is as little a logit as NaN.
         extra = None if extra is None else extra.detach().to(torch.float32)
         self.extra_logits = None if extra is None else extra.masked_fill(extra == torch.inf, torch.nan)
 
-    def _tiling(self, *, narrow: bool) -> _Tiling:
+    def _tiling(self, use: str) -> _Tiling:
         operands = self.operands
-        tile = launch.tile_for(operands.query.x, operands.precision, narrow=narrow)
+        multiplied = [operands.query.operand, *(columns.vectors.operand for columns in operands.columns)]
+        tile = launch.tile_for(multiplied, operands.precision, use)
         ends = list(itertools.accumulate(-(-columns.count // tile.cols) for columns in operands.columns))
         return _Tiling(tile, [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)])
 
@@ -120,7 +125,7 @@ class _Sweeps:
     def chunks(self) -> list[slice]:
         num_rows = self.operands.num_rows
         row_bytes = sum(self.widths) * self.operands.query.x.element_size()
-        size = chunk_rows(row_bytes, self.wide.tile.rows)
+        size = chunk_rows(row_bytes, self.exp.tile.rows)
         return [slice(begin, min(begin + size, num_rows)) for begin in range(0, num_rows, size)]
 
     # --- one sweep ---------------------------------------------------------------------------------------------------
@@ -159,14 +164,14 @@ class _Sweeps:
         """The chunk's exponentials by kind of column, and their sums (3, column tiles, R)."""
         query = self.operands.query[rows]
         num_rows = query.x.shape[0]
-        partials = self.scale.new_empty(len(launch.EXP_PLANES), self.wide.num_column_tiles, num_rows)
+        partials = self.scale.new_empty(len(launch.EXP_PLANES), self.exp.num_column_tiles, num_rows)
         stored = []
-        for columns, buffer, tiles in zip(self.operands.columns, buffers, self.wide.columns, strict=True):
+        for columns, buffer, tiles in zip(self.operands.columns, buffers, self.exp.columns, strict=True):
             out = buffer[:num_rows, : columns.count]
             stored.append(out)
             if columns.count:
                 launch.exp_similarities(
-                    query, columns, self.wide.tile, rows, self.scale, offset[rows], out, partials[:, tiles],
+                    query, columns, self.exp.tile, rows, self.scale, offset[rows], out, partials[:, tiles],
                     amplitude=amplitude, wants_dot=self.wanted.scale, precision=self.operands.precision,
                 )  # fmt: skip
         return stored, partials
@@ -185,7 +190,7 @@ class _Sweeps:
             negative_lse[rows] = _log_sum(plane["exp_sum"], plane["max"])
             hardest[rows] = plane["hardest"].amax(dim=0)
             if operands.has_several_positives:
-                shift[rows] = -plane["positives_shift"][self.wide.columns[0]].sum(dim=0)
+                shift[rows] = -plane["positives_shift"][self.sums.columns[0]].sum(dim=0)
             if column_partials is not None:
                 column_lse = torch.logaddexp(column_lse, _log_sum(*column_partials))
         if self.extra_logits is not None:
@@ -200,9 +205,8 @@ class _Sweeps:
         """Sums by row (4, column tiles, R), and by column (2, row tiles, M) if the loss is symmetric."""
         query = self.operands.query[rows]
         num_rows = query.x.shape[0]
-        tiling, by_column = self.wide, None
+        tiling, by_column = self.sums, None
         if self.problem.symmetric:
-            tiling = self.narrow
             row_tiles = -(-num_rows // tiling.tile.rows)
             by_column = self.scale.new_empty(2, row_tiles, self.operands.columns[0].count)
         partials = self.scale.new_empty(len(launch.STATISTICS_PLANES), tiling.num_column_tiles, num_rows)
@@ -291,14 +295,14 @@ class _Sweeps:
             return stored, partials[launch.EXP_PLANES.index("dot")] * amplitude
         query = self.operands.query[rows]
         num_rows = query.x.shape[0]
-        dot = self.scale.new_empty(self.narrow.num_column_tiles, num_rows)
+        dot = self.scale.new_empty(self.slopes.num_column_tiles, num_rows)
         stored = []
-        for i, (columns, tiles) in enumerate(zip(self.operands.columns, self.narrow.columns, strict=True)):
+        for i, (columns, tiles) in enumerate(zip(self.operands.columns, self.slopes.columns, strict=True)):
             out = buffers[i][:num_rows, : columns.count]
             stored.append(out)
             if columns.count:
                 launch.similarity_slopes(
-                    query, columns, self.narrow.tile, rows, self.scale,
+                    query, columns, self.slopes.tile, rows, self.scale,
                     (how.by_row[0][rows], how.by_row[1][rows]), how.by_column,
                     None if how.positives_share is None else how.positives_share[rows],
                     out, dot[tiles], wants_dot=self.wanted.scale, precision=self.operands.precision,

@@ -19,7 +19,7 @@ from hicl_fast.backend.chunked_paradigm import combine_by, views  # combine_by: 
 from hicl_fast.backend.triton_device import on_device
 from hicl_fast.backend.triton_operands import tensor_precision
 from hicl_fast.kernels import launch
-from hicl_fast.kernels.tiles import Tile
+from hicl_fast.kernels.tiles import NARROW, STATISTICS, Tile
 from hicl_fast.ops.paradigm_engine import Combination, Statistics, Term
 from hicl_fast.ops.unit_rows import UnitRows
 from hicl_fast.reference.paradigm import POWER_FLOOR
@@ -114,9 +114,8 @@ def _running(x: Tensor, y: Tensor, *, narrow: bool) -> Iterator[_Sweep]:
     precision = tensor_precision(x)
     with on_device(x):
         ones = x.new_ones(len(x))
-        tile = launch.tile_for(x, precision, narrow=narrow)
-        here = torch.zeros(1, dtype=torch.int64, device=x.device)
-        yield _Sweep(launch.Rows(x, ones, here), launch.Rows(y, ones, here), tile, precision)
+        tile = launch.tile_for([x, y], precision, NARROW if narrow else STATISTICS)
+        yield _Sweep(launch.Rows(x, ones, x), launch.Rows(y, ones, y), tile, precision)
 
 
 @dataclass(frozen=True)

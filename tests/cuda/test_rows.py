@@ -62,7 +62,7 @@ def draw_gradient(n: int, d: int, dtype: torch.dtype, kind: str) -> tuple[Tensor
     """What ``gradient`` takes but the floor; partners' rows with several rows of one and rows of none."""
     x, other = rows(n, d, dtype), rows(n + 2 if kind == "listed" else n - 1, d, dtype, seed=1)
     product, factor = rows(n, d, seed=2), torch.linspace(-1, 2, n)
-    sides = [Rows(y, 1 / y.double().norm(dim=1).clamp_min(FLOOR).float()) for y in (x, other)]
+    sides = [Rows(y, 1 / y.double().norm(dim=1).clamp_min(FLOOR).float(), y) for y in (x, other)]
     coefficient = torch.linspace(2, -1, n)
     if kind == "nobody":
         return product, factor, sides[0], None
@@ -127,7 +127,7 @@ def test_norms_and_unit_rows(d: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("d", DIMENSIONS)
 def test_scaled_rows(d: int, dtype: torch.dtype) -> None:
     x, factor = rows(5, d, dtype), torch.linspace(-1, 2, 5)
-    assert torch.equal(cuda_rows.scale_rows(Rows(x, torch.ones(5)), factor), (factor[:, None] * x.float()).to(dtype))
+    assert torch.equal(cuda_rows.scale_rows(Rows(x, torch.ones(5), x), factor), (factor[:, None] * x.float()).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -181,10 +181,14 @@ def test_rows_that_are_not_aligned(which: str) -> None:
     if which == "product":
         product = moved(product)
     elif which == "x":
-        x = Rows(moved(x.x), x.inverse)
+        x = Rows(moved(x.x), x.inverse, x.operand)
         assert_normalised(x.x)
     elif which == "other":
-        partners = Partners(Rows(moved(partners.other.x), partners.other.inverse), partners.coefficient, partners.index)
+        partners = Partners(
+            Rows(moved(partners.other.x), partners.other.inverse, partners.other.operand),
+            partners.coefficient,
+            partners.index,
+        )
     else:
         out = moved(out)
     assert_gradient(product, factor, x, partners, out)
@@ -248,8 +252,8 @@ def test_rows_whose_squares_vanish_are_divided_by_the_floor(d: int) -> None:
 def test_no_rows() -> None:
     nothing = torch.empty(0, 24)
     assert cuda_rows.normalise(nothing, FLOOR, nothing.clone()).inverse.shape == (0,)
-    assert cuda_rows.scale_rows(Rows(nothing, torch.empty(0)), torch.empty(0)).shape == (0, 24)
-    cuda_rows.gradient(nothing, torch.empty(0), Rows(nothing, torch.empty(0)), None, FLOOR, nothing.clone())
+    assert cuda_rows.scale_rows(Rows(nothing, torch.empty(0), nothing), torch.empty(0)).shape == (0, 24)
+    cuda_rows.gradient(nothing, torch.empty(0), Rows(nothing, torch.empty(0), nothing), None, FLOOR, nothing.clone())
 
 
 # --- the large-batch path --------------------------------------------------------------------------------------------

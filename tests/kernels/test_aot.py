@@ -14,7 +14,18 @@ pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 from hicl_fast.kernels import paradigm, products, rows, segment_pool, similarity  # noqa: E402
-from hicl_fast.kernels.tiles import RowTile, narrow_tile, row_tile, similarity_tile  # noqa: E402
+from hicl_fast.kernels.tiles import (  # noqa: E402
+    DESCRIBED_TILES,
+    EXP,
+    HEAVY_EXP,
+    NARROW,
+    POSITIVES,
+    STATISTICS,
+    RowTile,
+    Tile,
+    row_tile,
+    similarity_tile,
+)
 
 from tests.conftest import INTERPRETING
 from tests.kernels.aot import SHARED_MEMORY_LIMIT, TARGETS, Resources, compile_for, resources_of  # noqa: E402
@@ -27,16 +38,16 @@ pytestmark = [
 
 # The pointers' types; the operands' is filled in.
 OPERANDS = (
-    "query_ptr",
-    "key_ptr",
-    "exp_ptr",
-    "slope_ptr",
+    "query",
+    "key",
+    "exp_out",
+    "slope_out",
     "x_ptr",
     "y_ptr",
     "unit_ptr",
     "scaled_ptr",
     "other_ptr",
-    "shorter_ptr",
+    "operand_ptr",
 )
 GROUPS = ("query_group_ptr", "key_group_ptr")
 INDICES = (
@@ -47,25 +58,34 @@ INDICES = (
     "begin_ptr",
     "offsets_ptr",
     "order_ptr",
-    "query_away_ptr",
-    "key_away_ptr",
-    "away_ptr",
 )
 PLACES = ("nearest_ptr", "column_index_ptr")
 FLOATS = ("own_bias", "amplitude", "floor", "temperature", "parameter")
 
 # With every feature on, a kernel needs the most; plain is what the plain loss runs.
-FEATURES = {
-    "exp, plain": (similarity.exp_kernel, {"SPECIAL": 1, "GROUPS": 0, "WANTS_DOT": False}),
-    "exp, groups": (similarity.exp_kernel, {"SPECIAL": 1, "GROUPS": 1, "WANTS_DOT": True}),
-    "exp, own bias": (similarity.exp_kernel, {"SPECIAL": 2, "GROUPS": 0, "WANTS_DOT": True}),
-    "statistics": (similarity.statistics_kernel, {"SPECIAL": 1, "GROUPS": 0, "HAS_COLUMNS": False}),
-    "statistics, symmetric": (similarity.statistics_kernel, {"SPECIAL": 1, "GROUPS": 1, "HAS_COLUMNS": True}),
-    "statistics, positives": (similarity.statistics_kernel, {"SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": False}),
-    "slopes, symmetric": (similarity.slope_kernel, {"SPECIAL": 1, "GROUPS": 1, "HAS_COLUMNS": True, "WANTS_DOT": True}),
+FEATURES: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "exp, plain": (similarity.exp_kernel, {"SPECIAL": 1, "GROUPS": 0, "WANTS_DOT": False}, EXP),
+    "exp, dot": (similarity.exp_kernel, {"SPECIAL": 1, "GROUPS": 0, "WANTS_DOT": True}, HEAVY_EXP),
+    "exp, own bias": (similarity.exp_kernel, {"SPECIAL": 2, "GROUPS": 0, "WANTS_DOT": False}, HEAVY_EXP),
+    "exp, groups": (similarity.exp_kernel, {"SPECIAL": 1, "GROUPS": 1, "WANTS_DOT": False}, EXP),
+    "exp, groups, dot": (similarity.exp_kernel, {"SPECIAL": 1, "GROUPS": 1, "WANTS_DOT": True}, HEAVY_EXP),
+    "exp, own bias, dot": (similarity.exp_kernel, {"SPECIAL": 2, "GROUPS": 0, "WANTS_DOT": True}, HEAVY_EXP),
+    "statistics": (similarity.statistics_kernel, {"SPECIAL": 1, "GROUPS": 0, "HAS_COLUMNS": False}, STATISTICS),
+    "statistics, symmetric": (similarity.statistics_kernel, {"SPECIAL": 1, "GROUPS": 1, "HAS_COLUMNS": True}, NARROW),
+    "statistics, positives": (
+        similarity.statistics_kernel,
+        {"SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": False},
+        POSITIVES,
+    ),
+    "slopes, symmetric": (
+        similarity.slope_kernel,
+        {"SPECIAL": 1, "GROUPS": 1, "HAS_COLUMNS": True, "WANTS_DOT": True},
+        NARROW,
+    ),
     "slopes, positives": (
         similarity.slope_kernel,
         {"SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": False, "WANTS_DOT": True},
+        NARROW,
     ),
 }
 # Operand in the tile table -> its Triton type and how it is multiplied.
@@ -99,20 +119,29 @@ def _check(arch: str, operand: str, name: str, needs: Resources, table: list[str
     assert needs.shared <= SHARED_MEMORY_LIMIT[arch]
 
 
-def _compile_tiled(arch: str, operand: str, kernel: Any, features: dict[str, Any]) -> Any:
-    is_narrow = kernel is similarity.slope_kernel or features.get("HAS_COLUMNS", False)
-    tile = (narrow_tile if is_narrow else similarity_tile)(arch, operand)
+def _compile_tiled(arch: str, operand: str, kernel: Any, features: dict[str, Any], tile: Tile) -> Any:
     element, precision = PRODUCTS[operand]
-    blocks = {key: value for key, value in tile.options().items() if key not in ("num_warps", "num_stages")}
-    constants = {**features, **blocks, "PRECISION": precision}
-    return compile_for(arch, kernel, _types(kernel.arg_names, element), constants, tile.num_warps, tile.num_stages)
+    options = {**tile.options(), "DESCRIBED": tile.described, "PRECISION": precision}
+    constants = {key: value for key, value in {**features, **options}.items() if key in kernel.arg_names}
+    types = _types(kernel.arg_names, element)
+    if tile.described:
+        sizes = {
+            "query": (tile.rows, tile.depth),
+            "key": (tile.cols, tile.depth),
+            **dict.fromkeys(("exp_out", "slope_out"), (tile.rows, tile.cols)),
+        }
+        types |= {name: f"tensordesc<{element}[{rows}, {cols}]>" for name, (rows, cols) in sizes.items()}
+    return compile_for(arch, kernel, types, constants, tile.num_warps, tile.num_stages)
 
 
 @pytest.mark.parametrize(("arch", "operand"), CONFIGURATIONS)
 def test_similarity_kernels(arch: str, operand: str, table: list[str]) -> None:
-    names = list(FEATURES) if operand == "16 bit" else ["exp, groups", "statistics, symmetric", "slopes, symmetric"]
+    names = (
+        list(FEATURES) if operand == "16 bit" else ["exp, groups, dot", "statistics, symmetric", "slopes, symmetric"]
+    )
     for name in names:
-        compiled = _compile_tiled(arch, operand, *FEATURES[name])
+        kernel, features, use = FEATURES[name]
+        compiled = _compile_tiled(arch, operand, kernel, features, similarity_tile(arch, operand, use))
         needs = resources_of(compiled)
         _check(arch, operand, name, needs, table)
         assert (needs.matrix_instructions > 0) == (operand != "fp32" or arch == "gfx942")
@@ -120,24 +149,36 @@ def test_similarity_kernels(arch: str, operand: str, table: list[str]) -> None:
             assert "wgmma.mma_async" in compiled.asm["ptx"]
 
 
+@pytest.mark.parametrize(
+    ("arch", "operand", "name"),
+    [(a, o, n) for a, o, u in DESCRIBED_TILES if a in TARGETS for n in FEATURES if FEATURES[n][2] == u],
+)
+def test_similarity_kernels_with_descriptors(arch: str, operand: str, name: str, table: list[str]) -> None:
+    kernel, features, use = FEATURES[name]
+    compiled = _compile_tiled(arch, operand, kernel, features, DESCRIBED_TILES[arch, operand, use])
+    _check(arch, operand, f"{name} *", resources_of(compiled), table)
+    assert "cp.async.bulk.tensor" in compiled.asm["ptx"] and "wgmma.mma_async" in compiled.asm["ptx"]
+
+
 # Their operands are unit rows in float32. Of the weights, powers need the most; softmax is below.
 PARADIGM_KERNELS = {
-    "paradigm, statistics": (paradigm.statistics_kernel, {"HAS_COLUMNS": True, "HAS_LSE": True}),
-    "paradigm, powers": (paradigm.weights_kernel, {"WEIGHT": paradigm.POWER.value}),
+    "paradigm, statistics": (paradigm.statistics_kernel, {"HAS_COLUMNS": True, "HAS_LSE": True}, NARROW),
+    "paradigm, powers": (paradigm.weights_kernel, {"WEIGHT": paradigm.POWER.value}, STATISTICS),
 }
 
 
 @pytest.mark.parametrize(("arch", "operand"), [c for c in CONFIGURATIONS if c[1] != "16 bit"])
 def test_paradigm_kernels(arch: str, operand: str, table: list[str]) -> None:
-    for name, (kernel, features) in PARADIGM_KERNELS.items():
-        needs = resources_of(_compile_tiled(arch, operand, kernel, features))
+    for name, (kernel, features, use) in PARADIGM_KERNELS.items():
+        tile = similarity_tile(arch, operand, use)
+        needs = resources_of(_compile_tiled(arch, operand, kernel, features, tile))
         _check(arch, operand, name, needs, table)
         assert (needs.matrix_instructions > 0) == (operand != "fp32" or arch == "gfx942")
 
 
 @pytest.mark.parametrize("arch", TARGETS)
 def test_product_kernel(arch: str, table: list[str]) -> None:
-    tile = similarity_tile(arch, "fp32")
+    tile = similarity_tile(arch, "fp32", STATISTICS)
     blocks = {"BLOCK_ROWS": tile.rows, "BLOCK_COLS": tile.cols, "BLOCK_DEPTH": tile.depth}
     kernel = products.product_kernel
     for adds in (False, True):
@@ -148,8 +189,7 @@ def test_product_kernel(arch: str, table: list[str]) -> None:
 
 
 ROW_KERNELS = {
-    "normalise": (rows.normalise_kernel, {"WRITES_UNIT": True}),
-    "shorten": (rows.shorten_kernel, {}),
+    "normalise": (rows.normalise_kernel, {"WRITES_UNIT": True, "WRITES_OPERAND": True}),
     "scale rows": (rows.scale_rows_kernel, {}),
     "positive": (rows.positive_kernel, {}),
     "gradient, same index": (rows.gradient_kernel, {"PARTNER": 2}),
@@ -194,7 +234,7 @@ ALONE = {
     "exp_stride": 1,
     "slope_stride": 1,
     "weights_stride": 1,
-    "first_row": 1,
+    "first_own": 1,
     "factor_stride": 1,
 }
 LEFT_OUT = {
@@ -215,7 +255,7 @@ LEFT_OUT = {
         ["column_hardest_ptr", "column_index_ptr", "partials_ptr"],
     ),
     "paradigm, softmax": (paradigm.weights_kernel, {"WEIGHT": paradigm.SOFTMAX.value}, []),
-    "normalise": (rows.normalise_kernel, {"WRITES_UNIT": False}, ["unit_ptr"]),
+    "normalise": (rows.normalise_kernel, {"WRITES_UNIT": False, "WRITES_OPERAND": False}, ["unit_ptr"]),
     "gradient": (rows.gradient_kernel, {"PARTNER": 0}, ["coefficient_ptr", "partner_ptr", "begin_ptr"]),
     "pool": (segment_pool.pool_kernel, {"HAS_WEIGHTS": False, "SUM_TYPE": tl.float32}, ["weights_ptr"]),
     "pool, to segments": (
@@ -229,7 +269,8 @@ LEFT_OUT = {
 @pytest.mark.parametrize("name", list(LEFT_OUT))
 def test_arguments_that_are_one_or_none(name: str) -> None:
     kernel, features, absent = LEFT_OUT[name]
-    blocks = {**narrow_tile("sm_90", "16 bit").options(), "BLOCK_DIM": 64, "PRECISION": "ieee"}
+    tile = similarity_tile("sm_90", "16 bit", NARROW)
+    blocks = {**tile.options(), "BLOCK_DIM": 64, "PRECISION": "ieee", "DESCRIBED": False}
     constants = {**features, **ALONE, **blocks, **dict.fromkeys([*absent, *GROUPS])}
     taken = {key: value for key, value in constants.items() if key in kernel.arg_names}
     compiled = compile_for("sm_90", kernel, _types(kernel.arg_names, "bf16"), taken, num_warps=8)

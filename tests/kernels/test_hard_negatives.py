@@ -106,11 +106,18 @@ def test_compiles(arch: str, operand: str, k: int) -> None:
     tile = hard_negatives.hard_negatives_tile(arch, operand, k)
     element, precision = PRODUCTS[operand]
     types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
-    types |= dict.fromkeys(("query_ptr", "key_ptr"), f"*{element}")
-    indices = ("special_ptr", "query_group_ptr", "key_group_ptr", "best_ptr", "query_away_ptr", "key_away_ptr")
+    types |= dict.fromkeys(("query", "key"), f"*{element}")
+    indices = ("special_ptr", "query_group_ptr", "key_group_ptr", "best_ptr")
     types |= dict.fromkeys(indices, "*i64")
-    blocks = {name: value for name, value in tile.options().items() if name.startswith("BLOCK")}
-    constants = {"SPECIAL": 1, "GROUPS": 1, "KEPT": hard_negatives.kept(k), "PRECISION": precision, **blocks}
+    blocks = {name: value for name, value in tile.blocks().items() if name.startswith("BLOCK")}
+    constants = {
+        **blocks,
+        "SPECIAL": 1,
+        "GROUPS": 1,
+        "KEPT": hard_negatives.kept(k),
+        "PRECISION": precision,
+        "DESCRIBED": False,
+    }
     needs = resources_of(compile_for(arch, kernel, types, constants, tile.num_warps, tile.num_stages))
     assert needs.spills == 0, needs
     assert needs.shared <= SHARED_MEMORY_LIMIT[arch], needs

@@ -13,7 +13,7 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from hicl_fast.kernels import hard_negatives, mixed_negatives, paradigm, rows, segment_pool, similarity  # noqa: E402
 from hicl_fast.kernels.hard_negatives import hard_negatives_tile  # noqa: E402
-from hicl_fast.kernels.tiles import narrow_tile  # noqa: E402
+from hicl_fast.kernels.tiles import NARROW, similarity_tile  # noqa: E402
 
 from tests.conftest import INTERPRETING
 from tests.kernels.aot import compile_for  # noqa: E402
@@ -65,7 +65,7 @@ def products_in_32_bits(ttir: str) -> list[str]:
     return found
 
 
-NARROW = {**narrow_tile("sm_90", "16 bit").options(), "PRECISION": "ieee"}
+TILED = {**similarity_tile("sm_90", "16 bit", NARROW).options(), "PRECISION": "ieee", "DESCRIBED": False}
 ROW = {"BLOCK_ROWS": 4, "BLOCK_DIM": 1024}
 POOL = {"SUM_TYPE": tl.float32, "BLOCK_DIM": 512}
 MIXED = {
@@ -76,13 +76,12 @@ MIXED = {
     "BLOCK_PAIRS": 16,
     "BLOCK_DIM": 64,
 }
-HARDEST = {**hard_negatives_tile("sm_90", "16 bit", 10).options(), "PRECISION": "ieee", "KEPT": 16}
+HARDEST = {**hard_negatives_tile("sm_90", "16 bit", 10).options(), "PRECISION": "ieee", "DESCRIBED": False, "KEPT": 16}
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "exp": (similarity.exp_kernel, {**NARROW, "SPECIAL": 2, "GROUPS": 1, "WANTS_DOT": True}),
-    "statistics": (similarity.statistics_kernel, {**NARROW, "SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": True}),
-    "slopes": (similarity.slope_kernel, {**NARROW, "SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": True, "WANTS_DOT": True}),
-    "normalise": (rows.normalise_kernel, {**ROW, "WRITES_UNIT": True}),
-    "shorten": (rows.shorten_kernel, ROW),
+    "exp": (similarity.exp_kernel, {**TILED, "SPECIAL": 2, "GROUPS": 1, "WANTS_DOT": True}),
+    "statistics": (similarity.statistics_kernel, {**TILED, "SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": True}),
+    "slopes": (similarity.slope_kernel, {**TILED, "SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": True, "WANTS_DOT": True}),
+    "normalise": (rows.normalise_kernel, {**ROW, "WRITES_UNIT": True, "WRITES_OPERAND": True}),
     "scale rows": (rows.scale_rows_kernel, ROW),
     "positive": (rows.positive_kernel, ROW),
     **{f"gradient {kind}": (rows.gradient_kernel, {**ROW, "PARTNER": kind}) for kind in range(4)},
@@ -92,8 +91,8 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "hardest": (hard_negatives.hard_negatives_kernel, {**HARDEST, "SPECIAL": 1, "GROUPS": 1}),
     "mixed": (mixed_negatives.cosine_kernel, MIXED),
     "mixed, backward": (mixed_negatives.gradient_kernel, MIXED),
-    "paradigm": (paradigm.statistics_kernel, {**NARROW, "HAS_COLUMNS": True, "HAS_LSE": True}),
-    "paradigm, weights": (paradigm.weights_kernel, {**NARROW, "WEIGHT": 1}),
+    "paradigm": (paradigm.statistics_kernel, {**TILED, "HAS_COLUMNS": True, "HAS_LSE": True}),
+    "paradigm, weights": (paradigm.weights_kernel, {**TILED, "WEIGHT": 1}),
 }
 
 
