@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from hicl_fast.kernels import hard_negatives as _hard_negatives
+from hicl_fast.kernels import info_nce_rows as _info_nce_rows
 from hicl_fast.kernels import paradigm as _paradigm
 from hicl_fast.kernels import products as _products
 from hicl_fast.kernels import rows as _rows
@@ -146,6 +147,48 @@ def exp_similarities(
         **columns.for_rows(rows),
         **tile.options(),
     )
+
+
+@dataclass(frozen=True)
+class RowResults:
+    """What a row's sums of exponentials come to, (N,) float32 each."""
+
+    negative_lse: Tensor
+    hardest: Tensor
+    loss: Tensor
+    factor: Tensor  # of the stored exponentials: ∂loss/∂s of a negative
+    coefficient: Tensor  # ∂loss/∂s of the positive
+    scale_slope: Tensor | None  # ∂loss/∂scale
+
+    @classmethod
+    def unknown(cls, like: Tensor, *, wants_scale: bool) -> RowResults:
+        negative_lse, hardest, loss, factor, coefficient = (torch.empty_like(like) for _ in range(5))
+        scale_slope = torch.empty_like(like) if wants_scale else None
+        return cls(negative_lse, hardest, loss, factor, coefficient, scale_slope)
+
+
+_ROWS_OF_SUMS, _TILES_OF_SUMS = 32, 32
+
+
+def exp_rows(
+    partials: Tensor,  # (3, column tiles, R) float32; planes as in EXP_PLANES
+    positive: Tensor,  # (R,) similarity of the positive, its margin counted
+    margin_slope: Tensor | None,  # (R,) its derivative by the similarity; None: 1
+    scale: Tensor,  # (1,)
+    offset: float,
+    row_weight: float,
+    rows: slice,  # which rows of the whole these R are
+    out: RowResults,
+) -> None:
+    """Losses and factors of rows whose exponentials one sweep has stored."""
+    num_rows = partials.shape[2]
+    results = (out.negative_lse, out.hardest, out.loss, out.factor, out.coefficient, out.scale_slope)
+    _info_nce_rows.exp_rows_kernel[(triton.cdiv(num_rows, _ROWS_OF_SUMS),)](
+        partials, positive, margin_slope, scale, *(None if x is None else x[rows] for x in results),
+        num_rows, partials.shape[1], partials.stride(0), offset, row_weight,
+        HAS_MARGIN=margin_slope is not None, WANTS_DOT=out.scale_slope is not None,
+        BLOCK_ROWS=_ROWS_OF_SUMS, BLOCK_TILES=_TILES_OF_SUMS, num_warps=4,
+    )  # fmt: skip
 
 
 def similarity_statistics(

@@ -22,6 +22,7 @@ from hicl_fast.backend.triton_device import on_device
 from hicl_fast.backend.triton_operands import Operands
 from hicl_fast.backend.triton_products import InputGradients
 from hicl_fast.kernels import launch
+from hicl_fast.kernels.launch import RowResults
 from hicl_fast.kernels.tiles import EXP, HEAVY_EXP, NARROW, POSITIVES, STATISTICS, Tile
 from hicl_fast.ops.problem import Gradients, Problem, RowStatistics, Wanted
 
@@ -132,30 +133,25 @@ class _Sweeps:
 
     def once(self, row_weight: float, offset: float) -> tuple[RowStatistics, Gradients]:
         operands, scale = self.operands, self.scale
-        negative_lse, hardest, coefficient = (torch.empty_like(operands.positive) for _ in range(3))
-        scale_grad = torch.zeros_like(scale)
+        of_rows = RowResults.unknown(operands.positive, wants_scale=self.wanted.scale)
+        margin_slope = operands.margin_slope if isinstance(operands.margin_slope, Tensor) else None
         gradients = InputGradients(operands, self.wanted)
-        offsets = torch.full_like(negative_lse, offset)
+        offsets = torch.full_like(operands.positive, offset)
         slopes_buffer = self._slopes_buffer()
         for rows in self.chunks():
             slopes, partials = self._exponentials(rows, offsets, slopes_buffer, amplitude=1.0)
-            negative_lse[rows] = partials[launch.EXP_PLANES.index("exp_sum")].sum(dim=0).log_() + offset
-            hardest[rows] = partials[launch.EXP_PLANES.index("hardest")].amax(dim=0)
-            lse = torch.logaddexp(negative_lse[rows], operands.positive_logit[rows])
-            row_factor = (offset - lse).exp_() * row_weight  # turns E into ∂loss/∂ℓ
-            negative_share = (negative_lse[rows] - lse).exp_() * row_weight
-            if self.wanted.scale:
-                dot = partials[launch.EXP_PLANES.index("dot")].sum(dim=0)
-                scale_grad += (row_factor * dot - negative_share * operands.with_margin[rows]).sum()
-            row_factor *= scale
-            coefficient[rows] = -negative_share * scale * _at(operands.margin_slope, rows)
-            query = operands.query[rows]
-            scaled_query = operands.row_kernels.scale_rows(query, row_factor)
-            gradients.add(rows, slopes, row_factor, scaled_query, coefficient[rows])
+            launch.exp_rows(
+                partials, operands.with_margin[rows], None if margin_slope is None else margin_slope[rows],
+                scale, offset, row_weight, rows, of_rows,
+            )  # fmt: skip
+            row_factor = of_rows.factor[rows]
+            scaled_query = operands.row_kernels.scale_rows(operands.query[rows], row_factor)
+            gradients.add(rows, slopes, row_factor, scaled_query, of_rows.coefficient[rows])
 
-        loss = _log1p_exp(negative_lse - operands.positive_logit)
-        statistics = RowStatistics(loss, negative_lse, loss.new_empty(0), operands.positive, hardest)
-        columns = gradients.columns(torch.ones_like(scale), coefficient)
+        loss = of_rows.loss
+        statistics = RowStatistics(loss, of_rows.negative_lse, loss.new_empty(0), operands.positive, of_rows.hardest)
+        columns = gradients.columns(torch.ones_like(scale), of_rows.coefficient)
+        scale_grad = scale if of_rows.scale_slope is None else of_rows.scale_slope.sum()
         return statistics, self._gradients(gradients.query, *columns, loss.new_empty(0), scale_grad)
 
     def _exponentials(
@@ -324,10 +320,6 @@ def chunk_rows(row_bytes: int, tile_rows: int) -> int:
     """How many rows are swept at a time where a row's slopes take ``row_bytes``: whole tiles, at least one."""
     num_rows = max(CHUNK_BYTES // row_bytes, min(MIN_CHUNK_ROWS, MOST_CHUNK_BYTES // row_bytes))
     return max(num_rows // tile_rows, 1) * tile_rows
-
-
-def _at(x: Tensor | float, rows: slice) -> Tensor | float:
-    return x[rows] if isinstance(x, Tensor) else x
 
 
 def _log_sum(total: Tensor, most: Tensor) -> Tensor:

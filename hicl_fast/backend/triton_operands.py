@@ -47,7 +47,6 @@ class Operands:
 
         self.positive = self.row_kernels.positive_similarity(self.query, self.columns[0].vectors, self.target)  # (N,)
         self.with_margin, self.margin_slope = _with_margin(self.positive, problem.margin)
-        self.positive_logit = self.with_margin * self.scale
 
     def _add_keys(self, problem: Problem, wants_unit: bool) -> None:
         vectors, unit = self._ready(problem.key, wants_unit)
@@ -71,6 +70,10 @@ class Operands:
         operand = x.detach().to(self.dtype).contiguous()
         unit = torch.empty_like(operand) if wants_unit else None
         return self.row_kernels.normalise(operand, NORM_FLOOR, unit), unit
+
+    @functools.cached_property
+    def positive_logit(self) -> Tensor:  # (N,)
+        return self.with_margin * self.scale
 
     @property
     def has_several_positives(self) -> bool:
