@@ -178,8 +178,8 @@ class _Sweeps:
         """The first sweep: losses."""
         operands, problem = self.operands, self.problem
         negative_lse, hardest = torch.empty_like(operands.positive), torch.empty_like(operands.positive)
-        shift = torch.zeros_like(operands.positive)
-        column_lse = shift.new_full((operands.columns[0].count if problem.symmetric else 0,), -torch.inf)
+        shift = torch.empty_like(operands.positive)
+        column_lse = negative_lse.new_full((operands.columns[0].count if problem.symmetric else 0,), -torch.inf)
         for rows in self.chunks():
             partials, column_partials = self._statistics_of(rows)
             plane = dict(zip(launch.STATISTICS_PLANES, partials, strict=True))
@@ -192,7 +192,9 @@ class _Sweeps:
         if self.extra_logits is not None:
             negative_lse = torch.logaddexp(negative_lse, self.extra_logits.logsumexp(dim=1))
 
-        loss = _log1p_exp(negative_lse - operands.positive_logit) + shift / operands.num_positives
+        loss = _log1p_exp(negative_lse - operands.positive_logit)
+        if operands.has_several_positives:
+            loss += shift / operands.num_positives
         if problem.symmetric:
             loss = (loss + _log1p_exp(column_lse - operands.positive_logit)) / 2
         return RowStatistics(loss, negative_lse, column_lse, operands.positive, hardest)
@@ -225,18 +227,19 @@ class _Sweeps:
             nothing = (scale.new_empty(0) for _ in range(4))
             return self._gradients(next(nothing), next(nothing), next(nothing), extra_grad, next(nothing))
 
-        negative_share = (negative_lse - lse).exp_()
-        target_weight = (1 - 1 / operands.num_positives - negative_share) * weight  # ∂loss/∂ℓ at the target
+        negative_weight = (negative_lse - lse).exp_().mul_(weight)
+        target_weight = -negative_weight  # ∂loss/∂ℓ at the target
         if problem.symmetric:
-            column_share = (column_lse - torch.logaddexp(column_lse, operands.positive_logit)).exp_()
-            target_weight = (target_weight - column_share * weight) / 2
-            by_row, by_column = negative_share * weight * (scale / 2), column_share * weight * (scale / 2)
-            how = self._summed((negative_lse, by_row), (column_lse, by_column), None)
+            column_weight = (column_lse - torch.logaddexp(column_lse, operands.positive_logit)).exp_().mul_(weight)
+            target_weight = (target_weight - column_weight).div_(2)
+            half = scale / 2
+            how = self._summed((negative_lse, negative_weight * half), (column_lse, column_weight * half), None)
         elif operands.has_several_positives:
-            by_row, share = negative_share * weight * scale, weight * scale / operands.num_positives
-            how = self._summed((negative_lse, by_row), None, share)
+            target_weight += (1 - 1 / operands.num_positives) * weight
+            share = weight * scale / operands.num_positives
+            how = self._summed((negative_lse, negative_weight * scale), None, share)
         else:
-            how = self._factored(negative_share * weight * scale)
+            how = self._factored(negative_weight * scale)
         coefficient = target_weight * scale * operands.margin_slope
 
         gradients = InputGradients(operands, self.wanted)
@@ -329,4 +332,4 @@ def _log_sum(total: Tensor, most: Tensor) -> Tensor:
 
 def _log1p_exp(x: Tensor) -> Tensor:
     """``log(1 + eˣ)`` that keeps the digits of a small result and NaN."""
-    return torch.logaddexp(x, torch.zeros_like(x))
+    return torch.logaddexp(x, x.new_zeros(()))

@@ -31,16 +31,24 @@ needs_meta_addmm = pytest.mark.skipif(
 )
 
 
+# Of PyTorch's operations those that a GPU has nothing to do for.
+NO_LAUNCH = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
+NO_LAUNCH |= {"view", "slice", "select", "expand", "detach", "alias", "unsqueeze", "as_strided"}
+NO_LAUNCH |= {"t", "transpose", "permute", "unbind"}
+
+
 class Cost(TorchDispatchMode):
-    """The most bytes that tensors made under it hold at a time, and the operations of all matrix products."""
+    """The most bytes that tensors made under it hold at a time, the operations of all matrix products, and launches."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = self.peak = self.operations = 0
+        self.bytes = self.peak = self.operations = self.launches = 0
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
+        on_device = any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves(result))
+        self.launches += on_device and function.overloadpacket.__name__ not in NO_LAUNCH
         if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
             left, right = [x for x in args if isinstance(x, Tensor)][-2:]
             self.multiply(left.shape[0], right.shape[1], left.shape[1])
@@ -48,6 +56,10 @@ class Cost(TorchDispatchMode):
             if isinstance(x, Tensor) and x.is_meta:
                 self._hold(x.untyped_storage())
         return result
+
+    def run(self, rows: int, columns: int, depth: int) -> None:
+        self.launches += 1
+        self.multiply(rows, columns, depth)
 
     def multiply(self, rows: int, columns: int, depth: int) -> None:
         self.operations += 2 * rows * columns * depth
@@ -72,9 +84,9 @@ def cost(monkeypatch: pytest.MonkeyPatch) -> Cost:
 
     class Kernel:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *_, num_rows=0, num_cols=0, dim=0, **__: counted.multiply(num_rows, num_cols, dim)
+            return lambda *_, num_rows=0, num_cols=0, dim=0, **__: counted.run(num_rows, num_cols, dim)
 
-    for module in (launch._rows, launch._similarity):
+    for module in (launch._rows, launch._similarity, launch._info_nce_rows):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Kernel())
     monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
@@ -128,6 +140,16 @@ def test_how_many_products(products: int, options: dict[str, Any], cost: Cost) -
         inputs = (torch.empty(n, D, dtype=torch.bfloat16, device="meta").requires_grad_() for _ in range(2))
         HF.info_nce(*inputs, **options).sum().backward()
     assert cost.operations == products * 2 * n * n * D
+
+
+@needs_meta_addmm
+@pytest.mark.parametrize(
+    ("most", "options"), [(19, {}), (50, {"temperature": learned()}), (58, {"symmetric": True})], ids=str
+)
+def test_how_many_launches(most: int, options: dict[str, Any], cost: Cost) -> None:
+    """Below some 6,000 rows their number is the time of a step."""
+    step(cost, 2048, **options)
+    assert cost.launches <= most, cost.launches
 
 
 @needs_meta_addmm
