@@ -119,10 +119,11 @@ class RowTile:
 
 
 ROW_TILE_ELEMENTS = 4096  # 16 to 32 a thread with 4 or 8 warps: wide loads, no spills
+MOST_ROWS = 16  # with 32 or 64, Triton 3.6 fails to compile loads by row inside a loop
 
 
 def row_tile(dim: int) -> RowTile:
     """Rows of up to 1024 are taken a few at a time, longer ones with more warps."""
     padded = 1 << (dim - 1).bit_length()
-    rows = max(1, ROW_TILE_ELEMENTS // max(padded, 64))
+    rows = max(1, min(MOST_ROWS, ROW_TILE_ELEMENTS // padded))
     return RowTile(rows, padded, num_warps=4 if padded <= 2048 else 8 if padded <= 16384 else 16)

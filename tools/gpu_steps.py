@@ -32,10 +32,8 @@ NO_GPU = 77
 NO_TESTS = 5  # pytest's exit status where it selects none
 GRACE_SECONDS = 10.0  # from the interrupt, at which a program can still say what it knows, to the end
 REHEARSAL_SLOWNESS = 10
-MOST_WORKERS = 12  # of pytest: each holds a CUDA context
-
-# One process a file: after an access out of bounds nothing of CUDA works in its process any more.
-TEST_FILES = ("test_rows", "test_cuda", "test_losses")
+MOST_WORKERS = 14  # of pytest: each holds a CUDA context, and most of the time compiles
+START_SECONDS = 12.0  # until a process on such a machine has imported PyTorch: 8 were seen
 
 
 @dataclass(frozen=True)
@@ -150,8 +148,8 @@ def run(step: Step, seconds_left: float, report: Report) -> Result:
     Whoever doesn't end at the interrupt, at which pytest prints what failed, is killed ten seconds later.
     """
     limit = min(step.seconds, seconds_left)
-    if limit <= 0:
-        return Result(step.name, "out of time", 0.0, "no time was left for it")
+    if seconds_left < min(step.seconds, START_SECONDS):
+        return Result(step.name, "out of time", 0.0, f"no time was left for it: {max(limit, 0):.0f} s")
     by_itself = str(max(1, int(limit - GRACE_SECONDS / 2)))
     command = [part.replace("{seconds}", by_itself) for part in step.command]
     report.write(f"\n== {step.name} (at most {limit:.0f} s): {shlex.join(command)}\n")
@@ -277,12 +275,12 @@ def info() -> Step:
     return Step("info", [str(PYTHON), "-m", "hicl_fast.info"], 40, kept_free=10)
 
 
-def tests(seconds: dict[str, tuple[float, float]], rehearsing: bool) -> list[Step]:
-    """tests/gpu, for each file the seconds it may take and those kept free for it."""
-    return [
-        Step(f"tests of {name}", pytest_command(f"tests/gpu/{name}.py", rehearsing=rehearsing), *seconds[name])
-        for name in TEST_FILES
-    ]
+def tests(seconds: float, kept_free: float, rehearsing: bool) -> Step:
+    """tests/gpu, in one run: starting takes a worker a quarter of a minute, and is paid once.
+
+    After an access out of bounds nothing of CUDA works in its process any more: that fails the rest of one worker's tests.
+    """
+    return Step("tests", pytest_command("tests/gpu", rehearsing=rehearsing), seconds, kept_free)
 
 
 def pytest_command(*arguments: str, rehearsing: bool, in_parallel: bool = True) -> list[str]:
@@ -291,10 +289,12 @@ def pytest_command(*arguments: str, rehearsing: bool, in_parallel: bool = True) 
     A rehearsal only collects: `make test-gpu-on-cpu` runs the tests.
     """
     command = [str(PYTHON), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=30", *arguments]
+    if importlib.util.find_spec("pytest_benchmark"):
+        command += ["-p", "no:benchmark"]  # it warns in every worker
     if importlib.util.find_spec("pytest_timeout"):
         command.append("--session-timeout={seconds}")
     if in_parallel and importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1))]
+        command += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1)), "--dist", "load"]
     return [*command, "--collect-only"] if rehearsing else command
 
 
@@ -317,6 +317,7 @@ REHEARSED = {
     "hard_negatives": "--batch-sizes 16 -k 3 --num-mixed 4 --rivals none",
     "segment_pool": "--num-segments 64",
     "tiles": "--rows 40 --columns 100",
+    "launches": "--batch-sizes 8 --variants plain --seconds 0.1",
 }
 
 
@@ -328,13 +329,12 @@ def benchmark(
     seconds: float,
     kept_free: float,
     *,
-    plots: bool = False,
     rehearsing: bool = False,
 ) -> Step:
-    """A program of benchmarks/ in bfloat16, whose results are ``name``.json and, if it plots, ``name``.png in ``out``."""
+    """A program of benchmarks/ in bfloat16, whose results are ``name``.json in ``out``."""
     place = "cpu" if rehearsing else "cuda"
     command = [str(PYTHON), f"benchmarks/{program}.py", "--device", place, "--dtype", "bfloat16", *options.split()]
-    command += ["--json", str(out / f"{name}.json"), *(["--plot", str(out / f"{name}.png")] if plots else [])]
+    command += ["--json", str(out / f"{name}.json")]
     if not rehearsing:
         return Step(name, command, seconds, kept_free)
     command += ["--dtype", "float32", "--dim", "32", "--seconds", "0.1", *REHEARSED[program].split()]

@@ -12,4 +12,7 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_use_rtype = False
 html_theme = "alabaster"
-html_theme_options = {"description": "Contrastive losses for sentence embeddings as custom kernels", "page_width": "70em"}
+html_theme_options = {
+    "description": "Contrastive losses for sentence embeddings as custom kernels",
+    "page_width": "70em",
+}

@@ -12,7 +12,7 @@ from hicl_fast.backend.precision import float32_products
 from hicl_fast.backend.row_kernels import row_kernels
 from hicl_fast.kernels import launch
 from hicl_fast.kernels.launch import Columns, Rows
-from hicl_fast.ops.problem import ANGLE_CLAMP, NORM_FLOOR, Problem
+from hicl_fast.ops.problem import ANGLE_CLAMP, NORM_FLOOR, Problem, on_device
 
 # Triton's interpreter multiplies bfloat16 as if its bits were integers; the tests mend it, and say so here.
 INTERPRETER_KNOWS_BF16 = False
@@ -28,12 +28,7 @@ class Operands:
         self.problem = problem
         self.dtype, self.precision = operand_type(problem)
         self.row_kernels = row_kernels(device)
-        # The host's number is written by a kernel: a copy from its memory would be waited for.
-        self.scale = (
-            torch.full((1,), float(problem.scale), dtype=torch.float32, device=device)
-            if problem.scale.device.type == "cpu"
-            else problem.scale.detach().to(torch.float32).reshape(1)
-        )
+        self.scale = on_device(problem.scale, device, torch.float32).reshape(1)
         self.query, _ = self._ready(problem.query, wants_unit=False)
         self.num_rows = problem.query.shape[0]
         rows = torch.arange(self.num_rows, device=device)

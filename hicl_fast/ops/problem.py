@@ -23,6 +23,7 @@ __all__ = [
     "Wanted",
     "check_scale",
     "host_number",
+    "on_device",
     "sum_type",
 ]
 
@@ -41,6 +42,13 @@ def check_scale(scale: Tensor) -> None:  # () 1 / temperature
     """Raise ``ValueError`` for a temperature that is no number above 0; looks at host memory only."""
     if (values := readable(scale)) is not None and not (lowest := float(values.min())) > 0:
         raise ValueError(f"temperature: expected a number above 0, got {1.0 / lowest if lowest else 0.0!r}")
+
+
+def on_device(scale: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The scale () where the sums are. The host's number is written there: a copy from its memory would be waited for."""
+    if scale.device.type == "cpu" != device.type:
+        return torch.full((), float(scale), dtype=dtype, device=device)
+    return scale.detach().to(device=device, dtype=dtype)
 
 
 class Wanted(NamedTuple):

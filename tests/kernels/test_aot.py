@@ -199,7 +199,7 @@ ROW_KERNELS = {
 
 
 @pytest.mark.parametrize("arch", TARGETS)
-@pytest.mark.parametrize("dim", [768, 4096])
+@pytest.mark.parametrize("dim", [16, 768, 4096])
 def test_row_kernels(arch: str, dim: int, table: list[str]) -> None:
     tile: RowTile = row_tile(dim)
     for name, (kernel, features) in ROW_KERNELS.items():

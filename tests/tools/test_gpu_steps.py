@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools import gpu_steps
+from tools import gpu_first, gpu_steps
 from tools.gpu_steps import Report, Result, Step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,9 +168,15 @@ def test_rivals_come_out_of_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert isinstance(step, Step) and step.command[-1] == str(tmp_path / "rival-1-py3-none-any.whl")
 
 
-def test_a_process_for_each_file_of_tests() -> None:
-    names = {path.stem for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
-    assert set(gpu_steps.TEST_FILES) == names
+def test_one_run_of_all_gpu_tests() -> None:
+    (step,) = [step for step in gpu_first.steps(ROOT) if isinstance(step, Step) and step.name == "tests"]
+    assert "tests/gpu" in step.command and "--collect-only" not in step.command
+
+
+def test_what_has_no_time_to_start_is_not_started() -> None:
+    log = io.StringIO()
+    result = gpu_steps.run(Step("late", program("print('started')"), 60), gpu_steps.START_SECONDS / 2, Report(log))
+    assert result.outcome == "out of time" and "started" not in log.getvalue()
 
 
 @pytest.mark.slow
