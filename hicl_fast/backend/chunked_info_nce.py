@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hicl_fast.backend.precision import brought_to, with_exact_products
-from hicl_fast.ops.problem import ANGLE_CLAMP, Gradients, Problem, RowStatistics, Wanted, on_device
+from hicl_fast.ops.problem import ANGLE_CLAMP, Gradients, Problem, RowStatistics, Wanted, scale_on
 from hicl_fast.ops.unit_rows import UnitRows
 
 # Up to ten temporaries of a chunk's size are in the allocator's hands at once; on a CPU, rows beyond some hundred gain nothing.
@@ -91,7 +91,7 @@ class _Sweep:
     def __init__(self, problem: Problem, wanted: Wanted) -> None:
         dtype, device = problem.dtype, problem.query.device
         self.problem, self.wanted = problem, wanted
-        self.scale = on_device(problem.scale, device, dtype)
+        self.scale = scale_on(problem.scale, device, dtype)
         self.num_rows, self.num_keys = problem.query.shape[0], problem.key.shape[0]
         self.unit_query = UnitRows.of(problem.query, dtype)
         self.unit_columns = [

@@ -12,7 +12,7 @@ from hicl_fast.backend.precision import float32_products
 from hicl_fast.backend.row_kernels import row_kernels
 from hicl_fast.kernels import launch
 from hicl_fast.kernels.launch import Columns, Rows
-from hicl_fast.ops.problem import ANGLE_CLAMP, NORM_FLOOR, Problem, on_device
+from hicl_fast.ops.problem import ANGLE_CLAMP, NORM_FLOOR, Problem, scale_on
 
 # Triton's interpreter multiplies bfloat16 as if its bits were integers; the tests mend it, and say so here.
 INTERPRETER_KNOWS_BF16 = False
@@ -28,7 +28,7 @@ class Operands:
         self.problem = problem
         self.dtype, self.precision = operand_type(problem)
         self.row_kernels = row_kernels(device)
-        self.scale = on_device(problem.scale, device, torch.float32).reshape(1)
+        self.scale = scale_on(problem.scale, device, torch.float32).reshape(1)
         self.query, _ = self._ready(problem.query, wants_unit=False)
         self.num_rows = problem.query.shape[0]
         rows = torch.arange(self.num_rows, device=device)

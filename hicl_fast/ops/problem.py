@@ -23,7 +23,7 @@ __all__ = [
     "Wanted",
     "check_scale",
     "host_number",
-    "on_device",
+    "scale_on",
     "sum_type",
 ]
 
@@ -44,7 +44,7 @@ def check_scale(scale: Tensor) -> None:  # () 1 / temperature
         raise ValueError(f"temperature: expected a number above 0, got {1.0 / lowest if lowest else 0.0!r}")
 
 
-def on_device(scale: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def scale_on(scale: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The scale () where the sums are. The host's number is written there: a copy from its memory would be waited for."""
     if scale.device.type == "cpu" != device.type:
         return torch.full((), float(scale), dtype=dtype, device=device)
