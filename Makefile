@@ -44,7 +44,7 @@ NUMERICAL := tests/ops tests/integrations/test_sentence_transformers.py
 OF_CPUS := (cpp or sentence_transformers and (ranking or types or small)) and not (torch or compile or export or blocks or any_shape)
 
 test-cpus: $(BUILT) ## the numerical tests of the backend cpp with every narrower set of row kernels that this processor has
-	@for set in $$($(BIN)/python -c "from hicl_fast.backend import cpp; print(*cpp.row_kernel_sets()[:-1])"); do \
+	@for set in $$($(BIN)/python -c "from hicl_fast.ops.backends import cpp; print(*cpp.row_kernel_sets()[:-1])"); do \
 		echo "HICL_FAST_CPU=$$set TRITON_INTERPRET=0 $(PYTEST) $(IN_PARALLEL) -m 'not slow' -k '$(OF_CPUS)' $(NUMERICAL)"; \
 		HICL_FAST_CPU=$$set TRITON_INTERPRET=0 $(PYTEST) $(IN_PARALLEL) -m "not slow" -k "$(OF_CPUS)" $(NUMERICAL) || exit 1; \
 	done

@@ -25,8 +25,8 @@ import hicl_fast
 import hicl_fast.functional as HF
 from hicl_fast import FusedInfoNCELoss, HardNegativeMixing, reference
 from hicl_fast._command import Parser, command, device, needs, positive, whole
-from hicl_fast.backend.registry import NAMES
-from hicl_fast.functional._arguments import MOST_NEGATIVES
+from hicl_fast.ops.backends.registry import NAMES
+from hicl_fast.ops.common.arguments import MOST_NEGATIVES
 
 with needs("bench", __name__):
     from inputs import embeddings, gradient_step

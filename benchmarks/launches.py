@@ -20,7 +20,7 @@ from torch import Tensor
 import hicl_fast
 import hicl_fast.functional as HF
 from hicl_fast._command import Parser, command, device, needs, positive, whole
-from hicl_fast.backend.registry import NAMES
+from hicl_fast.ops.backends.registry import NAMES
 
 with needs("bench", __name__):
     from inputs import embeddings, gradient_step

@@ -22,7 +22,7 @@ import torch
 
 import hicl_fast.reference as reference
 from hicl_fast._command import Parser, command, device, needs, positive, whole
-from hicl_fast.backend.registry import NAMES
+from hicl_fast.ops.backends.registry import NAMES
 
 with needs("bench", __name__):
     from inputs import embeddings, gradient_step

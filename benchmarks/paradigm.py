@@ -24,7 +24,7 @@ import hicl_fast
 import hicl_fast.functional as HF
 from hicl_fast import reference
 from hicl_fast._command import Parser, command, device, needs, positive, whole
-from hicl_fast.reference.paradigm import HINGES, MODIFIABLE, OBJECTIVES
+from hicl_fast.ops.paradigm.settings import HINGES, MODIFIABLE, OBJECTIVES
 
 with needs("bench", __name__):
     from inputs import embeddings, gradient_step

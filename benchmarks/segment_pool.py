@@ -23,7 +23,7 @@ import hicl_fast
 import hicl_fast.functional as HF
 from hicl_fast import reference
 from hicl_fast._command import Parser, command, device, needs, positive, whole
-from hicl_fast.backend.registry import NAMES
+from hicl_fast.ops.backends.registry import NAMES
 
 with needs("bench", __name__):
     from measure import Step, gpu_seconds, machine, peak_bytes, time_in_turn

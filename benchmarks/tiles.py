@@ -18,14 +18,14 @@ from torch import Tensor
 
 from hicl_fast import reference
 from hicl_fast._command import Parser, command, device, needs, positive, whole
-from hicl_fast.ops.problem import NORM_FLOOR
+from hicl_fast.ops.common.constants import NORM_FLOOR
 
 with needs("triton", __name__):
     from hicl_fast.kernels import launch
     from hicl_fast.kernels.launch import Columns, Rows
     from hicl_fast.kernels.tiles import EXP, Tile
 
-    from hicl_fast.backend.row_kernels import row_kernels
+    from hicl_fast.ops.common.row_kernels import row_kernels
 
 with needs("bench", __name__):
     from inputs import embeddings

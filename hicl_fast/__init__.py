@@ -1,7 +1,6 @@
 """Contrastive losses for sentence embeddings as custom kernels."""
 
 from hicl_fast import functional
-from hicl_fast.backend import BackendError, BackendStatus, backends
 from hicl_fast.losses import (
     FusedHiCLLoss,
     FusedInfoNCELoss,
@@ -11,6 +10,7 @@ from hicl_fast.losses import (
     PositiveMixing,
     SegmentPooling,
 )
+from hicl_fast.ops.backends import BackendError, BackendStatus, backends
 
 __version__ = "0.1.0"
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from hicl_fast import _checks as check
-from hicl_fast.backend import BackendError, registry
+from hicl_fast.ops.backends import BackendError, registry
 
 LONGEST_MESSAGE = 400  # characters of what argparse says, which repeats what it was given
 LONGEST_PATH = 200

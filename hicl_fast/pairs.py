@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hicl_fast import _checks as check
-from hicl_fast.backend import registry
+from hicl_fast.ops.backends import registry
 
 __all__ = ["random_pairs"]
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from hicl_fast.kernels.rows import load_rows, store_rows
 from hicl_fast.kernels.similarity import LN_2, LOG2_E, similarities, store_sums, sum_of_exp2, tile_at
 
-from hicl_fast.reference.paradigm import POWER_FLOOR
+from hicl_fast.ops.common.constants import POWER_FLOOR
 
 # Which weight ``weight_of`` computes.
 SOFTMAX = tl.constexpr(0)

@@ -7,7 +7,7 @@ import torch
 
 import hicl_fast.functional as HF
 from hicl_fast import pairs as module
-from hicl_fast.backend import registry
+from hicl_fast.ops.backends import registry
 
 
 @pytest.mark.parametrize("k", [2, 3, 10, 1000, 65536])

@@ -24,7 +24,7 @@ from hicl_fast._command import Parser, command, input_file, needs, output_folder
 from hicl_fast.analysis import simulation
 from hicl_fast.analysis.terms import gradient_terms
 from hicl_fast.losses.paradigm import GradientParadigmLoss
-from hicl_fast.reference.paradigm import Modification, Objective
+from hicl_fast.ops.paradigm.settings import Modification, Objective
 
 with needs("analysis", __name__):
     from tqdm import tqdm

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hicl_fast.backend import chunked_paradigm as engine
+from hicl_fast.ops.paradigm import torch as engine
 from hicl_fast.reference import normalise
 from hicl_fast.text_files import check_file, read_rows
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hicl_fast.losses.paradigm import GradientParadigmLoss
+from hicl_fast.ops.paradigm.settings import DEFAULT_MARGIN, Objective
 from hicl_fast.reference import normalise
-from hicl_fast.reference.paradigm import DEFAULT_MARGIN, Objective
 
 POSITIVE_SPREAD, NEGATIVE_SPREAD, BATCH = 0.05, 0.10, 128
 TEMPERATURES = (0.3, 0.1, 0.05, 0.03, 0.01, 0.005)

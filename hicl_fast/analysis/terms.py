@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from hicl_fast import functional as HF
-from hicl_fast.backend import chunked_paradigm as engine
-from hicl_fast.ops.autograd import without_autocast
-from hicl_fast.ops.paradigm_engine import RowWeights, Views
-from hicl_fast.ops.paradigm_objectives import MEASURES, angle, dissipation_of, ratio_of
-from hicl_fast.ops.paradigm_settings import Settings
-from hicl_fast.ops.problem import sum_type
-from hicl_fast.ops.unit_rows import row_dot
-from hicl_fast.reference.paradigm import (
-    DISTANCE_FLOOR,
+from hicl_fast.ops.common.autograd import without_autocast
+from hicl_fast.ops.common.constants import DISTANCE_FLOOR
+from hicl_fast.ops.common.numbers import sum_type
+from hicl_fast.ops.common.unit_rows import row_dot
+from hicl_fast.ops.paradigm import torch as engine
+from hicl_fast.ops.paradigm.engine import RowWeights, Views
+from hicl_fast.ops.paradigm.objectives import MEASURES, angle, dissipation_of, ratio_of
+from hicl_fast.ops.paradigm.settings import (
     HINGES,
     MODIFIABLE,
     Dissipation,
@@ -25,6 +24,7 @@ from hicl_fast.reference.paradigm import (
     Objective,
     PairStatistics,
     Ratio,
+    Settings,
     Weight,
 )
 

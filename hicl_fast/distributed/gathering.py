@@ -11,7 +11,7 @@ from torch import Tensor
 from hicl_fast import _checks as check
 from hicl_fast.distributed.agreement import Shares, agree, attempt
 from hicl_fast.distributed.ranks import Ranks, all_gather_single, ranks_of, reduce_scatter_single
-from hicl_fast.ops.autograd import once_differentiable
+from hicl_fast.ops.common.autograd import once_differentiable
 
 
 def joined_rows(rows: Tensor, *, process_group: dist.ProcessGroup | None = None) -> Tensor:

@@ -14,8 +14,8 @@ from hicl_fast.distributed.agreement import Shares
 from hicl_fast.distributed.gathering import gather_labels, gather_rows
 from hicl_fast.distributed.ranks import Gather, Ranks
 from hicl_fast.distributed.ring import foreign_log_sum_exp
-from hicl_fast.functional._arguments import scale
-from hicl_fast.reference.info_nce import Reduction
+from hicl_fast.ops.common.constants import Reduction
+from hicl_fast.ops.common.numbers import scale_of
 
 # From the keys of all ranks, their groups and the place of the first own one among them: the keys to score, and further
 # options of info_nce.
@@ -171,7 +171,7 @@ def _with_ring(
     lse, foreign_hardest = foreign_log_sum_exp(
         query.rows,
         block,
-        scale(temperature, query.rows, block),
+        scale_of(temperature, query.rows, block),
         ranks=ranks,
         shares=shares,
         precision=precision or "default",

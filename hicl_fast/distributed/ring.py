@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hicl_fast.backend import registry
-from hicl_fast.backend.features import features
 from hicl_fast.distributed.agreement import Shares
 from hicl_fast.distributed.ranks import Ranks
-from hicl_fast.ops.autograd import once_differentiable
-from hicl_fast.ops.problem import Problem, sum_type
-
-_FIELDS = [field.name for field in fields(Problem)]
+from hicl_fast.ops.backends import registry
+from hicl_fast.ops.common.autograd import once_differentiable
+from hicl_fast.ops.common.numbers import sum_type
+from hicl_fast.ops.info_nce.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -209,30 +207,20 @@ def _problem(query: Tensor, held: Tensor, scale: Tensor, owner: int, settings: S
         key=held,
         scale=scale,
         target=torch.full((len(query),), len(held) - 1, device=query.device),
-        negatives=None,
-        bank=None,
-        extra_logits=None,
         query_group=query_group,
         key_group=key_group,
-        hard_negative_weight=0.0,
-        same_group="exclude",
         margin=math.pi / 2,
-        symmetric=False,
         precision=settings.precision,
     )
 
 
-def _flat(problem: Problem) -> list[Any]:
-    return [getattr(problem, name) for name in _FIELDS]
-
-
 def _choose(problem: Problem, settings: Settings) -> str:
     device_type = problem.query.device.type
-    return registry.choose(settings.backend, "info_nce", device_type, problem.dtype, features(problem))
+    return registry.choose(settings.backend, "info_nce", device_type, problem.dtype, problem.features())
 
 
 def _score(problem: Problem, settings: Settings) -> tuple[Tensor, ...]:
-    return torch.ops.hicl_fast.info_nce_rows(*_flat(problem), _choose(problem, settings))
+    return torch.ops.hicl_fast.info_nce_rows(*problem.flat(), _choose(problem, settings))
 
 
 def _score_backward(
@@ -241,5 +229,5 @@ def _score_backward(
     wants_query, wants_block, wants_scale, _ = needs_grad
     wanted = [wants_query, wants_block, False, False, wants_scale]
     return torch.ops.hicl_fast.info_nce_rows_backward(
-        *_flat(problem), lse, lse.new_empty(0), weight, wanted, _choose(problem, settings)
+        *problem.flat(), lse, lse.new_empty(0), weight, wanted, _choose(problem, settings)
     )

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from hicl_fast import _checks as check
 from hicl_fast import functional as HF
-from hicl_fast.backend import registry
 from hicl_fast.distributed import Ranks, attempt, ranks_of
 from hicl_fast.distributed.gathering import describe_rows
 from hicl_fast.integrations.gathering import join
-from hicl_fast.reference.info_nce import Reduction
+from hicl_fast.ops.backends import registry
+from hicl_fast.ops.common.constants import Reduction
 
 __all__ = ["FusedContrastiveLoss"]
 

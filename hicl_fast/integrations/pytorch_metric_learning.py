@@ -31,8 +31,8 @@ from hicl_fast.integrations.similarity import (
     pairwise,
     unit,
 )
-from hicl_fast.ops.autograd import without_autocast
-from hicl_fast.ops.problem import sum_type
+from hicl_fast.ops.common.autograd import without_autocast
+from hicl_fast.ops.common.numbers import sum_type
 
 try:
     from pytorch_metric_learning import distances

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hicl_fast.ops.problem import sum_type
-from hicl_fast.ops.unit_rows import shortened
+from hicl_fast.ops.common.numbers import sum_type
+from hicl_fast.ops.common.unit_rows import shortened
 
 Similarity = Literal["cosine", "dot"]
 

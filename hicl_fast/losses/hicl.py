@@ -14,9 +14,9 @@ from hicl_fast.distributed.info_nce import Part, joined_info_nce
 from hicl_fast.losses.hncse import HardNegativeMixing, PositiveMixing
 from hicl_fast.losses.info_nce import FusedInfoNCELoss
 from hicl_fast.losses.pooling import Pooling, SegmentPooling
-from hicl_fast.ops.autograd import unwrapped
-from hicl_fast.ops.sequences import sequence_of_segments
-from hicl_fast.reference.info_nce import SameGroup
+from hicl_fast.ops.common.autograd import unwrapped
+from hicl_fast.ops.common.constants import SameGroup
+from hicl_fast.ops.segment_pool.sequences import sequence_of_segments
 
 
 class FusedHiCLLoss(nn.Module):

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from hicl_fast import _checks as check
 from hicl_fast import functional as HF
-from hicl_fast.backend import registry
-from hicl_fast.functional._arguments import MOST_NEGATIVES, check_positive_mixing_options
 from hicl_fast.losses.queue import NegativeQueue
 from hicl_fast.losses.state import Stateful
-from hicl_fast.ops.autograd import unwrapped
-from hicl_fast.ops.positive_mixing import Weights
+from hicl_fast.ops.backends import registry
+from hicl_fast.ops.common.arguments import MOST_NEGATIVES
+from hicl_fast.ops.common.autograd import unwrapped
+from hicl_fast.ops.positive_mixing.api import check_options as check_positive_mixing_options
+from hicl_fast.ops.positive_mixing.operator import Weights
 
 DEFAULT_K = 10  # the paper's, and what "auto" stands for
 

@@ -13,13 +13,13 @@ from hicl_fast import functional as HF
 from hicl_fast.distributed import Gather, Ranks, Shares, agree, attempt, check_gather, joined_means, ranks_of
 from hicl_fast.distributed.gathering import describe_rows, gather_rows
 from hicl_fast.distributed.info_nce import Part, joined_info_nce, mean_or_none, of_rows_with_negatives
-from hicl_fast.functional._arguments import check_info_nce_options
 from hicl_fast.losses import hncse
 from hicl_fast.losses.hncse import Groups, HardNegativeMixing, Mixtures, PositiveMixing
 from hicl_fast.losses.queue import NegativeQueue
 from hicl_fast.losses.temperature import MAX_LOGIT_SCALE, Temperature
-from hicl_fast.ops.autograd import unwrapped
-from hicl_fast.reference.info_nce import Reduction, SameGroup
+from hicl_fast.ops.common.autograd import unwrapped
+from hicl_fast.ops.common.constants import Reduction, SameGroup
+from hicl_fast.ops.info_nce.api import check_options
 
 
 def mean_of_rows(loss: Tensor, positive: Tensor, hardest: Tensor) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ class FusedInfoNCELoss(nn.Module):
     ) -> None:
         super().__init__()
         check.flag("learnable_temperature", learnable_temperature)
-        check_info_nce_options(
+        check_options(
             hard_negative_weight=hard_negative_weight,
             same_group=same_group,
             margin=margin,

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from hicl_fast import _checks as check
 from hicl_fast import functional as HF
 from hicl_fast.analysis.terms import gradient_terms
-from hicl_fast.backend import registry
 from hicl_fast.distributed import Ranks, Shares, agree, attempt, gather_rows, ranks_of, share_rows
 from hicl_fast.distributed.gathering import describe_rows
 from hicl_fast.distributed.info_nce import Part, joined_info_nce, joined_means
 from hicl_fast.distributed.ranks import check_process_group
 from hicl_fast.losses.info_nce import mean_of_rows, without_missing
-from hicl_fast.ops.autograd import unwrapped
-from hicl_fast.reference.paradigm import Dissipation, Modification, Objective, Ratio, Weight
+from hicl_fast.ops.backends import registry
+from hicl_fast.ops.common.autograd import unwrapped
+from hicl_fast.ops.paradigm.settings import Dissipation, Modification, Objective, Ratio, Weight
 
 
 class GradientParadigmLoss(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hicl_fast import _checks as check
 from hicl_fast import functional as HF
-from hicl_fast.backend import registry
+from hicl_fast.ops.backends import registry
 
 Pooling = Literal["length", "mean"]
 

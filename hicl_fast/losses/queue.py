@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hicl_fast import _checks as check
 from hicl_fast.losses.state import Stateful
-from hicl_fast.ops.autograd import unwrapped
+from hicl_fast.ops.common.autograd import unwrapped
 
 NOBODY = torch.iinfo(torch.int64).min  # the group of a row that was pushed without one
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hicl_fast import _checks as check
-from hicl_fast.ops.autograd import is_transformed
+from hicl_fast.ops.common.autograd import is_transformed
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's limit, a temperature of 0.01
 

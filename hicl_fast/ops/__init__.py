@@ -1,3 +1,7 @@
-"""Operators: the torch.library schema, fake kernel, autograd and choice of backend of each, one file an operator."""
+"""The operators, a folder each; what they share in ``common``, what a backend is in ``backends``.
 
-from hicl_fast.backend import extension  # noqa: F401  loads what the operators call
+A folder has, in the order of a call: ``api`` (signature and checks), ``operator`` (schema, fake kernel, autograd, choice of a
+backend), a file for each backend, and ``reference``, the equation that they are all measured against.
+"""
+
+from hicl_fast.ops.backends import extension  # noqa: F401  loads what the operators call

@@ -11,9 +11,9 @@ import transformers
 from transformers.trainer_utils import IntervalStrategy
 
 from hicl_fast import _checks as check
-from hicl_fast.backend.registry import check_name
-from hicl_fast.functional._arguments import MOST_NEGATIVES
-from hicl_fast.reference.paradigm import MODIFIABLE, OBJECTIVES
+from hicl_fast.ops.backends.registry import check_name
+from hicl_fast.ops.common.arguments import MOST_NEGATIVES
+from hicl_fast.ops.paradigm.settings import MODIFIABLE, OBJECTIVES
 from hicl_fast.trainer.methods import GATHER, METHODS
 from hicl_fast.trainer.token_pooling import POOLERS
 

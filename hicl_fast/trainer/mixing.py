@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hicl_fast import FusedInfoNCELoss, HardNegativeMixing, PositiveMixing, reference
 from hicl_fast import _checks as check
-from hicl_fast.ops.positive_mixing import Weights
+from hicl_fast.ops.positive_mixing.operator import Weights
 
 if TYPE_CHECKING:
     from hicl_fast.trainer.arguments import MethodArguments

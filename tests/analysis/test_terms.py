@@ -12,15 +12,10 @@ from torch import Tensor
 
 from hicl_fast import reference
 from hicl_fast.analysis import gradient_terms
-from hicl_fast.backend import chunked_info_nce
+from hicl_fast.ops.info_nce import torch as chunked_info_nce
+from hicl_fast.ops.paradigm.reference import negatives_of, pair_statistics, paradigm_gradient, paradigm_terms
+from hicl_fast.ops.paradigm.settings import MODIFIABLE
 from hicl_fast.reference import normalise
-from hicl_fast.reference.paradigm import (
-    MODIFIABLE,
-    negatives_of,
-    pair_statistics,
-    paradigm_gradient,
-    paradigm_terms,
-)
 
 CASES: dict[str, dict[str, Any]] = {name: {"objective": name} for name in ("info_nce", "arccon", "mpt", "met", "mat")}
 CASES |= {

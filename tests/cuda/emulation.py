@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hicl_fast.backend import cuda, registry
+from hicl_fast.ops.backends import cuda, registry
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"

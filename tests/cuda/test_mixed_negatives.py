@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hicl_fast.functional as HF
 from hicl_fast import BackendError, reference
-from hicl_fast.backend import cuda_mixed_negatives
+from hicl_fast.ops.mixed_negatives import cuda as cuda_mixed_negatives
 from tests.cuda.test_info_nce import TOLERANCE, rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("emulated")]

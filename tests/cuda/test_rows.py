@@ -19,7 +19,8 @@ pytest.importorskip("triton")  # kernels/launch.py, whose functions these are, i
 from hicl_fast.kernels import launch  # noqa: E402
 from hicl_fast.kernels.launch import Partners, Rows  # noqa: E402
 
-from hicl_fast.backend import cuda_rows, triton_operands  # noqa: E402
+from hicl_fast.ops.common import cuda_rows  # noqa: E402
+from hicl_fast.ops.info_nce import triton_operands  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.triton, pytest.mark.usefixtures("emulated")]
 
@@ -278,7 +279,7 @@ def test_the_large_batch_path_over_them(
 
     interpreter_bf16.install()
     monkeypatch.setattr(triton_operands, "INTERPRETER_KNOWS_BF16", True)
-    large = importlib.import_module("hicl_fast.backend.triton_info_nce")
+    large = importlib.import_module("hicl_fast.ops.info_nce.triton")
     monkeypatch.setattr(large, "CHUNK_BYTES", 1)
     monkeypatch.setattr(large, "MIN_CHUNK_ROWS", 1)
     for name in ("normalise", "scale_rows", "positive_similarity", "gradient"):

@@ -216,7 +216,7 @@ def test_commands_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 def names_taken_for_granted() -> dict[str, Any]:
-    from hicl_fast.ops.paradigm_objectives import Measured
+    from hicl_fast.ops.paradigm.objectives import Measured
 
     query, key = (torch.randn(8, 16, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     views = {"z1": query.requires_grad_(), "z2": key, "query": query, "key": key}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hicl_fast.backend import registry
+from hicl_fast.ops.backends import registry
 from tests.cuda import emulation
 from tests.gpu.device import IS_GPU
 

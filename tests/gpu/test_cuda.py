@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hicl_fast.functional as HF
 from hicl_fast import FusedHiCLLoss, FusedInfoNCELoss, reference
-from hicl_fast.backend import registry
+from hicl_fast.ops.backends import registry
 from tests.gpu.device import DEVICE, first_on_the_cpu, needs_gpu, sanitized, without_waiting
 from tests.gpu.test_losses import TOLERANCE, allowed, draw, run
 

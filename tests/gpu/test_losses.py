@@ -80,7 +80,7 @@ def assert_exact(backend: str, n: int, d: int, dtype: torch.dtype, extra: dict[s
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_products_add_in_place(dtype: torch.dtype) -> None:
     """The library's products of 16-bit operands onto float32 sums: what every gradient of a large batch rests on."""
-    from hicl_fast.backend.triton_products import matmul
+    from hicl_fast.ops.info_nce.triton_products import matmul
 
     a, b = (torch.randn(48, 48, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype) for seed in (0, 1))
     onto = torch.ones(48, 48, device=DEVICE)

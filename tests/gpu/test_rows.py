@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 
-from hicl_fast.backend import registry
+from hicl_fast.ops.backends import registry
 
 pytest.importorskip("triton")
 
-from hicl_fast.backend import cuda_rows  # noqa: E402
-from hicl_fast.backend.row_kernels import row_kernels  # noqa: E402
+from hicl_fast.ops.common import cuda_rows  # noqa: E402
+from hicl_fast.ops.common.row_kernels import row_kernels  # noqa: E402
 from tests.cuda.test_rows import FLOOR, PARTNERS, TYPES, assert_gradient, assert_normalised, draw_gradient, rows
 from tests.gpu.device import DEVICE, needs_gpu, sanitized
 

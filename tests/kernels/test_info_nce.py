@@ -13,7 +13,7 @@ from torch import Tensor
 
 import hicl_fast.functional as functional
 import hicl_fast.reference as reference
-from hicl_fast.backend import BackendError
+from hicl_fast.ops.backends import BackendError
 
 pytestmark = [pytest.mark.triton, pytest.mark.interpret]
 
@@ -24,7 +24,8 @@ TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Chunks of one row tile, so that 33 rows make two, and bfloat16 as on a GPU."""
-    from hicl_fast.backend import triton_info_nce, triton_operands
+    from hicl_fast.ops.info_nce import triton as triton_info_nce
+    from hicl_fast.ops.info_nce import triton_operands
     from tests.kernels import interpreter_bf16
 
     interpreter_bf16.install()

@@ -18,7 +18,8 @@ pytest.importorskip("triton")
 
 from hicl_fast.kernels import launch  # noqa: E402
 
-from hicl_fast.backend import registry, triton_info_nce  # noqa: E402
+from hicl_fast.ops.backends import registry  # noqa: E402
+from hicl_fast.ops.info_nce import triton as triton_info_nce  # noqa: E402
 
 pytestmark = pytest.mark.triton
 
@@ -91,7 +92,7 @@ def cost(monkeypatch: pytest.MonkeyPatch) -> Cost:
             monkeypatch.setattr(module, name, Kernel())
     monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(registry, "choose", lambda *call: "triton")
-    monkeypatch.setattr("hicl_fast.ops.info_nce.without_autocast", lambda device_type: contextlib.nullcontext())
+    monkeypatch.setattr("hicl_fast.ops.info_nce.operator.without_autocast", lambda device_type: contextlib.nullcontext())
     return counted
 
 

@@ -81,7 +81,7 @@ def test_strides_and_mixed_types() -> None:
 
 @interpreted
 def test_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hicl_fast.backend import chunked_mixed_negatives
+    from hicl_fast.ops.mixed_negatives import torch as chunked_mixed_negatives
 
     monkeypatch.setattr(chunked_mixed_negatives, "CHUNK_BYTES", 2 * 5 * 40 * 4)
     _assert_agrees(*_draw(5, 5, 8, 40))
@@ -116,7 +116,7 @@ def test_every_architecture_without_spills(arch: str, block_k: int) -> None:
     import triton.language as tl
     from hicl_fast.kernels import mixed_negatives
 
-    from hicl_fast.backend.triton_mixed_negatives import BLOCK_DIM, BLOCK_PAIRS, NUM_WARPS
+    from hicl_fast.ops.mixed_negatives.triton import BLOCK_DIM, BLOCK_PAIRS, NUM_WARPS
     from tests.kernels.aot import SHARED_MEMORY_LIMIT, compile_for, resources_of
 
     blocks = {"BLOCK_K": block_k, "BLOCK_PAIRS": BLOCK_PAIRS, "BLOCK_DIM": BLOCK_DIM, "SUM_TYPE": tl.float32}

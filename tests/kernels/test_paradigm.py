@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hicl_fast.functional as HF
-from hicl_fast.backend import BackendError
-from hicl_fast.ops.paradigm_engine import Engine, Term
-from hicl_fast.ops.unit_rows import UnitRows
+from hicl_fast.ops.backends import BackendError
+from hicl_fast.ops.common.constants import POWER_FLOOR
+from hicl_fast.ops.common.unit_rows import UnitRows
+from hicl_fast.ops.paradigm.engine import Engine, Term
 from hicl_fast.reference import normalise
-from hicl_fast.reference.paradigm import POWER_FLOOR
 from tests.ops.test_paradigm import (
     CASES,
     POWERS,
@@ -37,7 +37,7 @@ EPS = torch.finfo(torch.float32).eps
 @pytest.fixture(autouse=True)
 def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The backend's passes, in chunks of one row tile."""
-    from hicl_fast.backend import triton_paradigm
+    from hicl_fast.ops.paradigm import triton as triton_paradigm
 
     monkeypatch.setattr(triton_paradigm, "CHUNK_BYTES", 1)
     return triton_paradigm

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from hicl_fast.kernels import launch  # noqa: E402
 
-from hicl_fast.backend import triton_products  # noqa: E402
+from hicl_fast.ops.info_nce import triton_products  # noqa: E402
 
 pytestmark = [pytest.mark.interpret, pytest.mark.triton]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 import hicl_fast.functional as HF
 from hicl_fast import GradientParadigmLoss
 from hicl_fast.analysis import gradient_terms
-from hicl_fast.reference.paradigm import MODIFIABLE, OBJECTIVES
+from hicl_fast.ops.paradigm.settings import MODIFIABLE, OBJECTIVES
 
 
 def views() -> tuple[Tensor, Tensor]:

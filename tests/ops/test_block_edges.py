@@ -17,7 +17,7 @@ from torch import Tensor
 import hicl_fast
 import hicl_fast.functional as HF
 from hicl_fast import reference
-from hicl_fast.backend import cpp_info_nce
+from hicl_fast.ops.info_nce import cpp as cpp_info_nce
 
 Inputs = dict[str, Tensor]
 Limit = Callable[..., None]

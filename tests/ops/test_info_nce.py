@@ -17,7 +17,7 @@ from torch import Tensor
 import hicl_fast
 import hicl_fast.functional as HF
 from hicl_fast import reference
-from hicl_fast.backend import chunked_info_nce
+from hicl_fast.ops.info_nce import torch as chunked_info_nce
 
 BACKENDS = [s.name for s in hicl_fast.backends() if s.available and s.name != "triton"]
 Inputs = dict[str, Tensor]

@@ -131,7 +131,7 @@ def test_one_input_alone_wants_a_gradient(backend: str, which: int) -> None:
 @every_backend
 def test_blocks_of_rows(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough rows for several blocks of csrc's additions, and a chunk of few rows."""
-    from hicl_fast.backend import chunked_mixed_negatives
+    from hicl_fast.ops.mixed_negatives import torch as chunked_mixed_negatives
 
     monkeypatch.setattr(chunked_mixed_negatives, "CHUNK_BYTES", 1 << 16)
     query, bank, index, pairs = draw(150, 45, 6, 5, num_bank=9)

@@ -15,7 +15,7 @@ from torch import Tensor
 import hicl_fast
 import hicl_fast.functional as HF
 from hicl_fast import reference
-from hicl_fast.backend import cpp_info_nce
+from hicl_fast.ops.info_nce import cpp as cpp_info_nce
 
 BACKENDS = [s.name for s in hicl_fast.backends() if s.available and s.name != "triton"]
 Inputs = dict[str, Tensor]
@@ -244,7 +244,7 @@ def test_one_sweep_does_it_all(backend: str, monkeypatch: pytest.MonkeyPatch) ->
     query, key, _ = draw(40, 40, 32).values()
     mixing = HF.Mixing(6, HF.random_pairs(40, 9, 6, seed=1))
     calls: list[str] = []
-    monkeypatch.setattr("hicl_fast.ops.hard_negatives.apply", lambda *a: calls.append("selection"))
+    monkeypatch.setattr("hicl_fast.ops.hard_negatives.operator.apply", lambda *a: calls.append("selection"))
     together = evaluate(lambda **a: HF.info_nce(**a, mixing=mixing, backend=backend), {"query": query, "key": key}, {})
     assert calls == []
     monkeypatch.undo()

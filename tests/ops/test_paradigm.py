@@ -17,15 +17,11 @@ from torch import Tensor
 import hicl_fast
 import hicl_fast.functional as HF
 from hicl_fast import reference
-from hicl_fast.backend import chunked_info_nce, registry
+from hicl_fast.ops.backends import registry
+from hicl_fast.ops.info_nce import torch as chunked_info_nce
+from hicl_fast.ops.paradigm.reference import paradigm_gradient, paradigm_terms
+from hicl_fast.ops.paradigm.settings import MODIFIABLE, OBJECTIVES, PairStatistics
 from hicl_fast.reference import normalise
-from hicl_fast.reference.paradigm import (
-    MODIFIABLE,
-    OBJECTIVES,
-    PairStatistics,
-    paradigm_gradient,
-    paradigm_terms,
-)
 
 BACKENDS = [s.name for s in hicl_fast.backends() if s.available and s.name != "triton"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import hicl_fast.functional as HF
 from hicl_fast import reference
-from hicl_fast.ops import positive_mixing as op
-from hicl_fast.ops.unit_rows import UnitRows
+from hicl_fast.ops.common.unit_rows import UnitRows
+from hicl_fast.ops.positive_mixing import operator as op
 
 
 def at_cosine(cosine: float, length: float) -> Tensor:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hicl_fast import functional as HF
-from hicl_fast.backend import chunked_segment_pool
 from hicl_fast.losses import FusedHiCLLoss
+from hicl_fast.ops.segment_pool import torch as chunked_segment_pool
 
 Q, K = (torch.randn(4, 5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
 CROWDED = torch.tensor([0, 0, 0, 1])  # the first rows have one key outside their group

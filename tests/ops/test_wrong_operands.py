@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hicl_fast
-from hicl_fast.ops.paradigm_settings import Settings
+from hicl_fast.ops.paradigm.settings import Settings
 
 pytestmark = pytest.mark.skipif(
     not any(s.name == "cpp" and s.available for s in hicl_fast.backends()), reason="needs the C++ extension"

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import hicl_fast
-from hicl_fast.backend import cpp
+from hicl_fast.ops.backends import cpp
 
 if not any(status.name == "cpp" and status.available for status in hicl_fast.backends()):
     pytest.skip("the C++ extension was not built", allow_module_level=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, BertConfig, BertModel
 
-from hicl_fast.reference.paradigm import OBJECTIVES
+from hicl_fast.ops.paradigm.settings import OBJECTIVES
 from hicl_fast.trainer import methods, scratch
 from hicl_fast.trainer.arguments import MethodArguments
 from hicl_fast.trainer.checkpoints import missing_from

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hicl_fast.ops.autograd import once_differentiable
+from hicl_fast.ops.common.autograd import once_differentiable
 
 
 def mean_over_chunks(loss_of_rows: Callable[..., Tensor], num_rows: int, chunk_rows: int, *inputs: Tensor) -> Tensor:

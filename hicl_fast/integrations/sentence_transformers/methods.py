@@ -17,7 +17,7 @@ from hicl_fast.integrations.sentence_transformers.slicing import (
     embed_segments,
     excluded_prompt_length,
 )
-from hicl_fast.reference.info_nce import SameGroup
+from hicl_fast.ops.common.constants import SameGroup
 
 Features = dict[str, Any]
 Column = TypeVar("Column")

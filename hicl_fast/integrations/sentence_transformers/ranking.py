@@ -30,7 +30,7 @@ from torch import Tensor
 
 from hicl_fast import functional as HF
 from hicl_fast.integrations.similarity import Similarity, as_cosines, log_expm1, pairwise
-from hicl_fast.ops.problem import sum_type
+from hicl_fast.ops.common.numbers import sum_type
 
 _NOBODY = -1  # the group of keys that are nobody's own
 

@@ -1,0 +1,47 @@
+"""Float32 products that keep float32's digits, whatever the process allows PyTorch to do.
+
+PyTorch's settings (``torch.set_float32_matmul_precision``, ``torch.backends.*.fp32_precision``) belong to the user and to
+all threads: they are read, and never set. Where a call wants more than they give, it is computed in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from hicl_fast.ops.info_nce.problem import Problem
+
+_Outputs = TypeVar("_Outputs", bound=NamedTuple)
+_EXACT = ("none", "ieee")
+
+
+def float32_products(device_type: str) -> str:
+    """How PyTorch rounds the operands of float32 products on a device: "ieee" (not at all), "tf32" or "bf16"."""
+    if device_type == "cpu":
+        asked = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    elif device_type == "cuda" and not torch.version.hip:  # AMD's matrix units have no tf32 beyond one generation
+        asked = torch.backends.cuda.matmul.fp32_precision
+    else:
+        asked = "none"
+    return "ieee" if asked in _EXACT else asked
+
+
+def with_exact_products(problem: Problem) -> Problem:
+    """The problem, in float64 where it asks for float32 products and PyTorch's would be rounded to less."""
+    if problem.precision != "float32" or problem.dtype != torch.float32:
+        return problem
+    if float32_products(problem.query.device.type) == "ieee":
+        return problem
+    return replace(problem, query=problem.query.double())  # one input in float64 makes the sums float64
+
+
+def brought_to(dtype: torch.dtype, outputs: _Outputs) -> _Outputs:
+    """The outputs' floating-point tensors in one type."""
+    return type(outputs)(*(_cast(x, dtype) for x in outputs))  # type: ignore[call-overload]
+
+
+def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return x.to(dtype) if x is not None and x.is_floating_point() else x

@@ -1,0 +1,1 @@
+"""Each row's hardest negatives. ``api`` is the function, ``reference`` its equation."""

@@ -1,0 +1,1 @@
+"""InfoNCE over cosine similarities. ``api`` is the function, ``reference`` its equation."""

@@ -1,0 +1,136 @@
+"""How a call of InfoNCE is carried out: by one operator, or by several whose results are put together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hicl_fast.ops.backends import registry
+from hicl_fast.ops.common.autograd import is_transformed, runs_eagerly
+from hicl_fast.ops.hard_negatives import operator as hard_negatives
+from hicl_fast.ops.info_nce import by_reference
+from hicl_fast.ops.info_nce.operator import InfoNCEMean, InfoNCERows, sweep
+from hicl_fast.ops.info_nce.problem import NOTHING, Mixing, Problem, Result, Wanted
+from hicl_fast.ops.mixed_negatives import operator as mixed_negatives
+
+
+def apply(
+    problem: Problem,
+    reduction: str,
+    backend: str,
+    mixing: Mixing | None = None,
+    bank_group: Tensor | None = None,  # (B,) int64
+) -> Result:
+    if problem.same_group == "negative":
+        bank_group = None
+    if is_transformed(*problem.differentiable()):
+        return _apply_transformed(problem, reduction, backend, mixing, bank_group)
+    if mixing is not None:
+        return _apply_mixing(problem, reduction, backend, mixing, bank_group)
+    if problem.symmetric and not _one_sweep_covers_both_directions(problem):
+        return _average_of_directions(problem, reduction, backend, bank_group)
+    if bank_group is not None:
+        problem = _with_bank_among_keys(problem, bank_group)
+    backend = registry.choose(backend, "info_nce", problem.query.device.type, problem.dtype, problem.features())
+    inputs = problem.differentiable()
+    wanted = _wanted(inputs)
+    if not runs_eagerly(*inputs):
+        return _apply_traced(problem, reduction, wanted, backend)
+    if reduction == "none":
+        return Result(*InfoNCERows.apply(problem, backend, *inputs)[:3])
+    return _apply_mean(problem, reduction, wanted, backend)
+
+
+def _apply_mean(problem: Problem, reduction: str, wanted: Wanted, backend: str, mixing: Mixing | None = None) -> Result:
+    if any(wanted):
+        return Result(*InfoNCEMean.apply(problem, mixing, reduction, wanted, backend, *problem.differentiable()))
+    return Result(*sweep(problem, reduction, wanted, backend, mixing)[0])
+
+
+def _apply_traced(problem: Problem, reduction: str, wanted: Wanted, backend: str) -> Result:
+    if reduction == "none":
+        outputs = torch.ops.hicl_fast.info_nce_rows(*problem.flat(), backend)
+    else:
+        outputs = torch.ops.hicl_fast.info_nce_mean(*problem.flat(), reduction, list(wanted), backend)
+    return Result(*outputs[:3])
+
+
+def _with_bank_among_keys(problem: Problem, bank_group: Tensor) -> Problem:
+    """Bank rows as keys without gradient, behind the others: then groups mean for them what they mean for keys."""
+    assert problem.bank is not None and problem.key_group is not None
+    keys, groups = torch.cat([problem.key, problem.bank]), torch.cat([problem.key_group, bank_group])
+    return replace(problem, key=keys, key_group=groups, bank=None)
+
+
+def _apply_mixing(problem: Problem, reduction: str, backend: str, mixing: Mixing, bank_group: Tensor | None) -> Result:
+    """In the sweep over the similarities where the backend does that; else hard negatives and mixtures come first."""
+    chosen = registry.choose(backend, "info_nce", problem.query.device.type, problem.dtype, problem.features())
+    inputs = problem.differentiable()
+    can_sweep = bank_group is None and reduction != "none" and runs_eagerly(*inputs, mixing.pairs)
+    if can_sweep and _mixes_while_sweeping(chosen):
+        mixed_negatives.check_indices("pairs", mixing.pairs, mixing.k, "places among the k")
+        return _apply_mean(problem, reduction, _wanted(inputs), chosen, mixing)
+
+    groups = (None, None) if problem.same_group == "negative" else (problem.query_group, problem.key_group)
+    problem = _in_type_of_sums(problem)
+    query, key = problem.query, problem.key
+    _, index = hard_negatives.apply(query, key, mixing.k, problem.target, *groups, True, backend)
+    logits = mixed_negatives.apply(query, key, index, mixing.pairs, mixing.alpha, problem.scale, backend)
+    if problem.extra_logits is not None:
+        logits = torch.cat([problem.extra_logits.to(logits.dtype), logits], dim=1)
+    with_mixtures = replace(problem, extra_logits=logits)
+    return apply(with_mixtures, reduction, backend, bank_group=bank_group)._replace(hard_negatives=index)
+
+
+def _mixes_while_sweeping(backend: str) -> bool:
+    return getattr(registry.implementation("info_nce", backend), "MIXES_WHILE_SWEEPING", False)
+
+
+def _apply_transformed(
+    problem: Problem, reduction: str, backend: str, mixing: Mixing | None, bank_group: Tensor | None
+) -> Result:
+    registry.choose(backend, "info_nce", problem.query.device.type, problem.dtype, problem.features())  # or its refusal
+    problem.check_values()
+    index = mixed = None
+    if mixing is not None:
+        mixed_negatives.check_indices("pairs", mixing.pairs, mixing.k, "places among the k")
+        index = by_reference.hardest_keys(problem, mixing.k)
+        hard_negatives.check_found(index, mixing.k)
+        mixed = by_reference.mixed_logits(problem, mixing, index)
+    return Result(*by_reference.info_nce(problem, reduction, mixed, bank_group), index)
+
+
+def _one_sweep_covers_both_directions(problem: Problem) -> bool:
+    """Columns beyond the keys, and several positives, look different from the other side."""
+    only_keys = problem.negatives is None and problem.bank is None and problem.extra_logits is None
+    return only_keys and problem.same_group != "positive"
+
+
+def _average_of_directions(problem: Problem, reduction: str, backend: str, bank_group: Tensor | None) -> Result:
+    forward = replace(_in_type_of_sums(problem), symmetric=False)
+    exchanged = replace(
+        forward,
+        query=forward.key,
+        key=forward.query,
+        query_group=problem.key_group,
+        key_group=problem.query_group,
+    )
+    rows, columns = (apply(one, reduction, backend, bank_group=bank_group) for one in (forward, exchanged))
+    return rows._replace(loss=(rows.loss + columns.loss) / 2)
+
+
+def _in_type_of_sums(problem: Problem) -> Problem:
+    """For inputs that go into two operators: autograd adds their two gradients in this type, and rounds once."""
+    dtype, inputs = problem.dtype, ("query", "key", "negatives", "extra_logits")
+    rows = [x for x in (problem.query, problem.key, problem.negatives, problem.bank) if x is not None]
+    are_bf16 = problem.precision == "default" and all(x.dtype == torch.bfloat16 for x in rows)
+    cast = {name: x.to(dtype) for name in inputs if (x := getattr(problem, name)) is not None}
+    return replace(problem, **cast, precision="bf16" if are_bf16 else problem.precision)
+
+
+def _wanted(inputs: tuple[Tensor | None, ...]) -> Wanted:
+    if not torch.is_grad_enabled():
+        return NOTHING
+    return Wanted(*(x is not None and x.requires_grad for x in inputs))

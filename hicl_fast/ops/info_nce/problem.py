@@ -1,0 +1,207 @@
+"""What an InfoNCE call consists of, once its arguments have been checked: the one thing every backend is handed.
+
+:class:`Problem` is the table of a call's fields. The registered operators' schemas, the shapes they ask for, the fake
+kernels, and the calls of the reference and of other ranks' blocks follow from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hicl_fast.ops.backends.features import of_rows
+from hicl_fast.ops.common.autograd import readable
+from hicl_fast.ops.common.constants import Groups, Special
+from hicl_fast.ops.common.numbers import check_scale, sum_type
+
+
+class Wanted(NamedTuple):
+    """Which of the inputs that can have a gradient need one. The names are :class:`Problem`'s fields."""
+
+    query: bool
+    key: bool
+    negatives: bool
+    extra_logits: bool
+    scale: bool
+
+    @property
+    def bits(self) -> int:
+        """The flags as one number, as the operators in csrc/ take them; query's is 1, key's 2, ..."""
+        return sum(1 << bit for bit, is_wanted in enumerate(self) if is_wanted)
+
+
+NOTHING = Wanted(False, False, False, False, False)
+DIFFERENTIABLE = Wanted._fields
+
+
+class Gradients(NamedTuple):
+    """One gradient per input in the type the sums are kept in; an empty tensor where none was wanted."""
+
+    query: Tensor  # (N, D)
+    key: Tensor  # (M, D)
+    negatives: Tensor  # (P, D)
+    extra_logits: Tensor  # (N, E)
+    scale: Tensor  # ()
+
+
+class Mixing(NamedTuple):
+    """Mixtures of each row's hard negatives among the keys, as further columns of that row (HNCSE, arXiv 2411.12156).
+
+    Args:
+        k: how many of a row's most similar keys, beside its positive and its group, are mixed.
+        pairs: (N, m, 2) int64, which two of the k each mixture is of, from 0; for example of :func:`random_pairs`.
+        alpha: the first one's share.
+    """
+
+    k: int
+    pairs: Tensor
+    alpha: float = 0.5
+
+
+class RowStatistics(NamedTuple):
+    """What one sweep over the similarities leaves behind for each row."""
+
+    loss: Tensor  # (N,)
+    negative_lse: Tensor  # (N,) log-sum-exp over the row's columns without its positive; −inf where there is none
+    column_lse: Tensor  # (M,) the same for the column loss; empty unless the loss is symmetric
+    positive: Tensor  # (N,) similarity of the positive, before any margin
+    hardest: Tensor  # (N,) largest similarity among the negatives; −inf where there is none
+    hard_negatives: Tensor | None = None  # (N, k) int64, with Mixing: the keys that were mixed
+    total: Tensor | None = None  # () row_weight · Σ loss, where the backend has it at hand
+
+
+class Result(NamedTuple):
+    """What a call gives; all but the loss is detached."""
+
+    loss: Tensor  # (), or (N,) with reduction="none"
+    positive: Tensor  # (N,) similarity of each row's positive
+    hardest: Tensor  # (N,) and of its hardest negative; −inf where there is none
+    hard_negatives: Tensor | None = None  # (N, k) int64, the keys that were mixed
+
+
+@dataclass(eq=False, slots=True)
+class Columns:
+    """A kind of column: vectors that every query is compared with, and the rules that hold for them.
+
+    A new rule is a field here, its place in :meth:`Problem.columns`, and a line where each backend masks its logits.
+    """
+
+    name: str  # the field of the problem that they are, and whose gradient theirs is
+    vectors: Tensor  # (C, D)
+    wants_gradient: bool
+    special: Special = Special.NOTHING
+    special_column: Tensor | None = None  # (N,) int64; None: row i's is column i
+    bias: float = 0.0  # added to the logit of a row's own negative
+    groups: Groups = Groups.ORDINARY
+    query_group: Tensor | None = None  # (N,) int64, where the groups are not ordinary
+    group: Tensor | None = None  # (C,) int64, likewise
+
+    @property
+    def count(self) -> int:
+        return self.vectors.shape[0]
+
+
+def _tensor(shape: str, *, optional: bool = False) -> Any:
+    """A field of a shape, a letter for each dimension, as ``check_shapes`` takes it."""
+    return field(default=None, metadata={"shape": shape}) if optional else field(metadata={"shape": shape})
+
+
+@dataclass(eq=False, slots=True)
+class Problem:
+    """The columns of a row are, in order: M keys, P explicit negatives, B bank rows, E extra logits."""
+
+    query: Tensor = _tensor("ND")
+    key: Tensor = _tensor("MD")
+    scale: Tensor = _tensor("")  # 1 / temperature; on the CPU where its value is known to the host
+    target: Tensor | None = _tensor("N", optional=True)  # int64; None: row i's positive is key i
+    negatives: Tensor | None = _tensor("PD", optional=True)
+    bank: Tensor | None = _tensor("BD", optional=True)
+    extra_logits: Tensor | None = _tensor("NE", optional=True)
+    query_group: Tensor | None = _tensor("N", optional=True)  # int64
+    key_group: Tensor | None = _tensor("M", optional=True)  # int64
+    hard_negative_weight: float = 0.0  # added to the logit of row i's own negative; 0: no negative is anyone's own
+    same_group: str = "exclude"  # "exclude" | "negative" | "positive"
+    margin: float = 0.0  # radians
+    symmetric: bool = False  # only without negatives, bank, extra logits, target and several positives
+    precision: str = "default"  # of the products: "default" | "float32" | "bf16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type sums, losses and logits are kept in: float64 if an input is float64, else float32."""
+        return sum_type(self.query, self.key, self.negatives, self.bank, self.extra_logits)
+
+    @property
+    def groups(self) -> Groups:
+        """What keys of a row's group are to it."""
+        if self.query_group is None or self.key_group is None:
+            return Groups.ORDINARY
+        return _GROUPS[self.same_group]
+
+    def columns(self, wanted: Wanted) -> list[Columns]:
+        """The kinds of column that are vectors, the keys first."""
+        own = Special.OWN_NEGATIVE if self.hard_negative_weight else Special.NOTHING
+        of_groups = (self.query_group, self.key_group) if self.groups != Groups.ORDINARY else (None, None)
+        kinds = [Columns("key", self.key, wanted.key, Special.POSITIVE, self.target, 0.0, self.groups, *of_groups)]
+        if self.negatives is not None:
+            bias = self.hard_negative_weight
+            kinds.append(Columns("negatives", self.negatives, wanted.negatives, special=own, bias=bias))
+        if self.bank is not None:
+            kinds.append(Columns("bank", self.bank, wants_gradient=False))
+        return kinds
+
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """The inputs that can have gradients, in the order of :class:`Wanted` and :class:`Gradients`."""
+        return tuple(getattr(self, name) for name in DIFFERENTIABLE)
+
+    def flat(self) -> list[Any]:
+        """As the registered operators take it."""
+        return [getattr(self, name) for name in FIELDS]
+
+    def shapes(self) -> dict[str, tuple[Tensor | None, str]]:
+        """By name each tensor and the shape that it must have."""
+        same = {"M": "N"} if self.symmetric else {}
+        same |= {"P": "N"} if self.hard_negative_weight else {}
+        table = str.maketrans(same)
+        return {name: (getattr(self, name), shape.translate(table)) for name, shape in _SHAPES.items()}
+
+    def features(self) -> tuple[str, ...]:
+        """What the call asks beyond the plain one, in the words in which a backend refuses it."""
+        # The conditions are Python's own, so that a compiler tracing the call can settle them.
+        columns = (self.key, self.negatives, self.extra_logits)
+        found = list(of_rows(self.query, *(x for x in columns if x is not None)))
+        if self.bank is not None:
+            found.append("a bank")
+        if self.query_group is not None and self.same_group == "positive":
+            found.append("several positives")
+        if self.symmetric:
+            found.append("a symmetric loss")
+        return tuple(found)
+
+    def check_values(self) -> None:
+        """Raise ``ValueError`` for a target or temperature out of range.
+
+        Looks at host memory only: a device is never waited for.
+        """
+        check_scale(self.scale)
+        if (target := readable(self.target)) is not None:
+            low, high = (int(bound) for bound in torch.aminmax(target))
+            if low < 0 or high >= self.key.shape[0]:
+                raise ValueError(
+                    f"target: expected indices of keys, 0 to {self.key.shape[0] - 1}, got values from {low} to {high}"
+                )
+
+
+_GROUPS = {"exclude": Groups.EXCLUDED, "negative": Groups.ORDINARY, "positive": Groups.POSITIVES}
+
+FIELDS = [one.name for one in fields(Problem)]
+_SHAPES = {
+    one.name: one.metadata["shape"] for one in fields(Problem) if "shape" in one.metadata and one.name != "scale"
+}
+
+# As torch.library writes the fields of a call, and its gradients.
+_SCHEMA_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "float": "float", "str": "str", "bool": "bool"}
+SCHEMA = ", ".join(f"{_SCHEMA_TYPES[one.type]} {one.name}" for one in fields(Problem))  # type: ignore[index]
+GRADIENTS_SCHEMA = ", ".join(f"Tensor {name}_grad" for name in DIFFERENTIABLE)

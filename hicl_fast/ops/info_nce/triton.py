@@ -1,0 +1,335 @@
+"""InfoNCE through kernels/similarity.py: a chunk of rows of exponentials is the largest thing there ever is.
+
+Where the host knows that no exponential leaves float32's range, one sweep does it: E = exp(ℓ − offset) is stored, and
+since ∂loss/∂s = v ⊙ E with v a factor by row, both gradients are library products with v moved to the small operand
+(three products, 6N²D operations, no pass over E but its two readings). Else a first sweep takes each row's
+log-sum-exp with a true maximum, and a second computes the similarities again (four products).
+
+The positive is kept out of E throughout: its coefficient −Z_neg/Z is applied in float32, row by row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hicl_fast.kernels import launch
+from hicl_fast.kernels.launch import RowResults
+from hicl_fast.kernels.tiles import EXP, HEAVY_EXP, NARROW, POSITIVES, STATISTICS, Tile
+from hicl_fast.ops.common.device import on_device
+from hicl_fast.ops.info_nce.problem import Gradients, Problem, RowStatistics, Wanted
+from hicl_fast.ops.info_nce.triton_operands import Operands
+from hicl_fast.ops.info_nce.triton_products import InputGradients
+
+CHUNK_BYTES = 1 << 30  # of stored slopes, unless that makes chunks too low
+MIN_CHUNK_ROWS = 2048  # below that, reading and writing dK̂ once a chunk takes longer than its product
+MOST_CHUNK_BYTES = 4 << 30  # never more, but for a single tile's rows: 2048 rows of a million 16-bit columns
+_ALIGNMENT = 64  # columns; the library's fast products want rows that begin at a multiple of 16 bytes
+
+# Spread of the logits, 2 · scale + |hard_negative_weight|, up to which one offset serves all rows: exponentials from
+# e^−72 to e^48 leave room to float32's e^±87 for sums over columns (e^17 = 24 million) and factors by row.
+MAX_SPREAD = 120.0
+_LOWEST_EXPONENT = -72.0
+
+_FLOAT16_AMPLITUDE = 2.0**14  # float16 reaches 2^16: what is stored in it is scaled to fill it
+
+
+def forward(problem: Problem, row_weight: float, wanted: Wanted) -> tuple[RowStatistics, Gradients]:
+    with _running(problem, wanted) as sweeps:
+        if any(wanted) and sweeps.offset is not None:
+            return sweeps.once(row_weight, sweeps.offset)
+        statistics = sweeps.statistics()
+        weight = torch.full_like(statistics.loss, row_weight)
+        return statistics, sweeps.gradients(statistics.negative_lse, statistics.column_lse, weight)
+
+
+def backward(
+    problem: Problem, negative_lse: Tensor, column_lse: Tensor, loss_grad: Tensor, wanted: Wanted
+) -> Gradients:
+    with _running(problem, wanted) as sweeps:
+        return sweeps.gradients(negative_lse, column_lse, loss_grad.to(torch.float32))
+
+
+@contextlib.contextmanager
+def _running(problem: Problem, wanted: Wanted) -> Iterator[_Sweeps]:
+    with on_device(problem.query):
+        operands = Operands(problem, for_query_gradient=wanted.query)
+        yield _Sweeps(operands, wanted)
+
+
+@dataclass
+class _Slopes:
+    """How the second sweep's ∂loss/∂s is stored: multiplied by 1 / row_factor for the rows' gradients."""
+
+    row_factor: Tensor  # (N,)
+    query_factor: Tensor  # (N,) of the unit query rows in the columns' product
+    column_factor: Tensor  # (1,) that undoes both in the columns' gradients
+    by_column: tuple[Tensor, Tensor] | None = None  # offset and factor, (M,) each
+    by_row: tuple[Tensor, Tensor] | None = None  # offset and factor, (N,) each; None: exp(ℓ − lse) as it is
+    positives_share: Tensor | None = None  # (N,)
+
+
+@dataclass(frozen=True)
+class _Tiling:
+    """A tile, and where the tiles of each kind of column are among all column tiles."""
+
+    tile: Tile
+    columns: list[slice]
+
+    @property
+    def num_column_tiles(self) -> int:
+        return self.columns[-1].stop
+
+
+class _Sweeps:
+    def __init__(self, operands: Operands, wanted: Wanted) -> None:
+        self.operands, self.wanted = operands, wanted
+        self.problem, self.scale = operands.problem, operands.scale
+        has_own = any(columns.special == launch.OWN_NEGATIVE for columns in operands.columns)
+        self.exp = self._tiling(HEAVY_EXP if has_own or self.wanted.scale else EXP)
+        self.sums = self._tiling(
+            NARROW if self.problem.symmetric else POSITIVES if operands.has_several_positives else STATISTICS
+        )
+        self.slopes = self._tiling(NARROW)
+        self.widths = [-(-columns.count // _ALIGNMENT) * _ALIGNMENT for columns in operands.columns]
+        extra = self.problem.extra_logits
+        # −inf leaves a column out; +inf is as little a logit as NaN.
+        extra = None if extra is None else extra.detach().to(torch.float32)
+        self.extra_logits = None if extra is None else extra.masked_fill(extra == torch.inf, torch.nan)
+
+    def _tiling(self, use: str) -> _Tiling:
+        operands = self.operands
+        multiplied = [operands.query.operand, *(columns.vectors.operand for columns in operands.columns)]
+        tile = launch.tile_for(multiplied, operands.precision, use)
+        ends = list(itertools.accumulate(-(-columns.count // tile.cols) for columns in operands.columns))
+        return _Tiling(tile, [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)])
+
+    @property
+    def offset(self) -> float | None:
+        """What is subtracted from every logit in the single sweep; None where it takes two."""
+        problem = self.problem
+        needs_two = problem.symmetric or self.operands.has_several_positives or self.extra_logits is not None
+        if needs_two or self.operands.dtype == torch.float16 or problem.scale.device.type != "cpu":
+            return None
+        scale, own_bias = float(problem.scale), problem.hard_negative_weight
+        spread = 2 * scale + abs(own_bias)
+        if not spread <= MAX_SPREAD:
+            return None
+        # The nearer to the largest logit the better: exponentials of small numbers are the most exact.
+        return scale + max(own_bias, 0.0) - max(0.0, spread + _LOWEST_EXPONENT)
+
+    def chunks(self) -> list[slice]:
+        num_rows = self.operands.num_rows
+        row_bytes = sum(self.widths) * self.operands.query.x.element_size()
+        size = chunk_rows(row_bytes, self.exp.tile.rows)
+        return [slice(begin, min(begin + size, num_rows)) for begin in range(0, num_rows, size)]
+
+    # --- one sweep ---------------------------------------------------------------------------------------------------
+
+    def once(self, row_weight: float, offset: float) -> tuple[RowStatistics, Gradients]:
+        operands, scale = self.operands, self.scale
+        of_rows = RowResults.unknown(operands.positive, wants_scale=self.wanted.scale)
+        margin_slope = operands.margin_slope if isinstance(operands.margin_slope, Tensor) else None
+        gradients = InputGradients(operands, self.wanted)
+        offsets = torch.full_like(operands.positive, offset)
+        slopes_buffer = self._slopes_buffer()
+        for rows in self.chunks():
+            slopes, partials = self._exponentials(rows, offsets, slopes_buffer, amplitude=1.0)
+            launch.exp_rows(
+                partials, operands.with_margin[rows], None if margin_slope is None else margin_slope[rows],
+                scale, offset, row_weight, rows, of_rows,
+            )  # fmt: skip
+            row_factor = of_rows.factor[rows]
+            scaled_query = operands.row_kernels.scale_rows(operands.query[rows], row_factor)
+            gradients.add(rows, slopes, row_factor, scaled_query, of_rows.coefficient[rows])
+
+        loss = of_rows.loss
+        statistics = RowStatistics(loss, of_rows.negative_lse, loss.new_empty(0), operands.positive, of_rows.hardest)
+        columns = gradients.columns(torch.ones_like(scale), of_rows.coefficient)
+        scale_grad = scale if of_rows.scale_slope is None else of_rows.scale_slope.sum()
+        return statistics, self._gradients(gradients.query, *columns, loss.new_empty(0), scale_grad)
+
+    def _exponentials(
+        self, rows: slice, offset: Tensor, buffers: list[Tensor], amplitude: float
+    ) -> tuple[list[Tensor], Tensor]:
+        """The chunk's exponentials by kind of column, and their sums (3, column tiles, R)."""
+        query = self.operands.query[rows]
+        num_rows = query.x.shape[0]
+        partials = self.scale.new_empty(len(launch.EXP_PLANES), self.exp.num_column_tiles, num_rows)
+        stored = []
+        for columns, buffer, tiles in zip(self.operands.columns, buffers, self.exp.columns, strict=True):
+            out = buffer[:num_rows, : columns.count]
+            stored.append(out)
+            if columns.count:
+                launch.exp_similarities(
+                    query, columns, self.exp.tile, rows, self.scale, offset[rows], out, partials[:, tiles],
+                    amplitude=amplitude, wants_dot=self.wanted.scale, precision=self.operands.precision,
+                )  # fmt: skip
+        return stored, partials
+
+    # --- two sweeps --------------------------------------------------------------------------------------------------
+
+    def statistics(self) -> RowStatistics:
+        """The first sweep: losses."""
+        operands, problem = self.operands, self.problem
+        negative_lse, hardest = torch.empty_like(operands.positive), torch.empty_like(operands.positive)
+        shift = torch.empty_like(operands.positive)
+        column_lse = negative_lse.new_full((operands.columns[0].count if problem.symmetric else 0,), -torch.inf)
+        for rows in self.chunks():
+            partials, column_partials = self._statistics_of(rows)
+            plane = dict(zip(launch.STATISTICS_PLANES, partials, strict=True))
+            negative_lse[rows] = _log_sum(plane["exp_sum"], plane["max"])
+            hardest[rows] = plane["hardest"].amax(dim=0)
+            if operands.has_several_positives:
+                shift[rows] = -plane["positives_shift"][self.sums.columns[0]].sum(dim=0)
+            if column_partials is not None:
+                column_lse = torch.logaddexp(column_lse, _log_sum(*column_partials))
+        if self.extra_logits is not None:
+            negative_lse = torch.logaddexp(negative_lse, self.extra_logits.logsumexp(dim=1))
+
+        loss = _log1p_exp(negative_lse - operands.positive_logit)
+        if operands.has_several_positives:
+            loss += shift / operands.num_positives
+        if problem.symmetric:
+            loss = (loss + _log1p_exp(column_lse - operands.positive_logit)) / 2
+        return RowStatistics(loss, negative_lse, column_lse, operands.positive, hardest)
+
+    def _statistics_of(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Sums by row (4, column tiles, R), and by column (2, row tiles, M) if the loss is symmetric."""
+        query = self.operands.query[rows]
+        num_rows = query.x.shape[0]
+        tiling, by_column = self.sums, None
+        if self.problem.symmetric:
+            row_tiles = -(-num_rows // tiling.tile.rows)
+            by_column = self.scale.new_empty(2, row_tiles, self.operands.columns[0].count)
+        partials = self.scale.new_empty(len(launch.STATISTICS_PLANES), tiling.num_column_tiles, num_rows)
+        for columns, tiles in zip(self.operands.columns, tiling.columns, strict=True):
+            if columns.count:
+                launch.similarity_statistics(
+                    query, columns, tiling.tile, rows, self.scale, self.operands.positive_logit[rows],
+                    partials[:, tiles], by_column, precision=self.operands.precision,
+                )  # fmt: skip
+        return partials, by_column
+
+    def gradients(self, negative_lse: Tensor, column_lse: Tensor, weight: Tensor) -> Gradients:
+        """The second sweep, with the rows' weights in the loss, (N,)."""
+        operands, scale, problem = self.operands, self.scale, self.problem
+        lse = torch.logaddexp(negative_lse, operands.positive_logit)
+        extra_grad = scale.new_empty(0)
+        if self.wanted.extra_logits and self.extra_logits is not None:
+            extra_grad = (self.extra_logits - lse[:, None]).exp_() * weight[:, None]
+        if not (self.wanted.query or self.wanted.key or self.wanted.negatives or self.wanted.scale):
+            nothing = (scale.new_empty(0) for _ in range(4))
+            return self._gradients(next(nothing), next(nothing), next(nothing), extra_grad, next(nothing))
+
+        negative_weight = (negative_lse - lse).exp_().mul_(weight)
+        target_weight = -negative_weight  # ∂loss/∂ℓ at the target
+        if problem.symmetric:
+            column_weight = (column_lse - torch.logaddexp(column_lse, operands.positive_logit)).exp_().mul_(weight)
+            target_weight = (target_weight - column_weight).div_(2)
+            half = scale / 2
+            how = self._summed((negative_lse, negative_weight * half), (column_lse, column_weight * half), None)
+        elif operands.has_several_positives:
+            target_weight += (1 - 1 / operands.num_positives) * weight
+            share = weight * scale / operands.num_positives
+            how = self._summed((negative_lse, negative_weight * scale), None, share)
+        else:
+            how = self._factored(negative_weight * scale)
+        coefficient = target_weight * scale * operands.margin_slope
+
+        gradients = InputGradients(operands, self.wanted)
+        scale_grad = (target_weight * operands.with_margin).sum().reshape(1)
+        buffers = self._slopes_buffer()
+        for rows in self.chunks():
+            slopes, dot = self._slopes_of(rows, how, negative_lse, buffers)
+            if self.wanted.scale:
+                scale_grad += (how.row_factor[rows] * dot.sum(dim=0)).sum() / scale
+            query = operands.query[rows]
+            scaled_query = operands.row_kernels.scale_rows(query, how.query_factor[rows])
+            gradients.add(rows, slopes, how.row_factor[rows], scaled_query, coefficient[rows])
+        columns = gradients.columns(how.column_factor, coefficient)
+        return self._gradients(gradients.query, *columns, extra_grad, scale_grad)
+
+    def _factored(self, factor: Tensor) -> _Slopes:
+        """What is stored is exp(ℓ − negative_lse), at most 1; ``factor`` (N,) makes ∂loss/∂s of it."""
+        if self.operands.dtype != torch.float16:
+            return _Slopes(factor, factor, torch.ones_like(self.scale))
+        largest = factor.abs().amax().clamp_min(torch.finfo(torch.float32).tiny * _FLOAT16_AMPLITUDE**2)
+        to_fill = _FLOAT16_AMPLITUDE / largest
+        return _Slopes(factor / _FLOAT16_AMPLITUDE, factor * to_fill, largest.reshape(1) / _FLOAT16_AMPLITUDE**2)
+
+    def _summed(
+        self, by_row: tuple[Tensor, Tensor], by_column: tuple[Tensor, Tensor] | None, positives_share: Tensor | None
+    ) -> _Slopes:
+        """What is stored is ∂loss/∂s itself, since it is a sum; in float16, scaled by its bound."""
+        ones = torch.ones_like(by_row[1])
+        if self.operands.dtype != torch.float16:
+            return _Slopes(ones, ones, torch.ones_like(self.scale), by_column, by_row, positives_share)
+        terms = [by_row[1], positives_share, None if by_column is None else by_column[1]]
+        bound = torch.stack([x.abs().amax() for x in terms if x is not None]).sum()
+        bound = bound.clamp_min(torch.finfo(torch.float32).tiny * _FLOAT16_AMPLITUDE)
+        to_fill = _FLOAT16_AMPLITUDE / bound
+        undo = bound.reshape(1) / _FLOAT16_AMPLITUDE
+        return _Slopes(
+            undo.expand_as(ones),
+            ones,
+            undo,
+            None if by_column is None else (by_column[0], by_column[1] * to_fill),
+            (by_row[0], by_row[1] * to_fill),
+            None if positives_share is None else positives_share * to_fill,
+        )
+
+    def _slopes_of(
+        self, rows: slice, how: _Slopes, negative_lse: Tensor, buffers: list[Tensor]
+    ) -> tuple[list[Tensor], Tensor]:
+        """The chunk's slopes by kind of column, and Σ s · slope (column tiles, R)."""
+        if how.by_row is None:
+            amplitude = _FLOAT16_AMPLITUDE if self.operands.dtype == torch.float16 else 1.0
+            stored, partials = self._exponentials(rows, negative_lse, buffers, amplitude)
+            return stored, partials[launch.EXP_PLANES.index("dot")] * amplitude
+        query = self.operands.query[rows]
+        num_rows = query.x.shape[0]
+        dot = self.scale.new_empty(self.slopes.num_column_tiles, num_rows)
+        stored = []
+        for i, (columns, tiles) in enumerate(zip(self.operands.columns, self.slopes.columns, strict=True)):
+            out = buffers[i][:num_rows, : columns.count]
+            stored.append(out)
+            if columns.count:
+                launch.similarity_slopes(
+                    query, columns, self.slopes.tile, rows, self.scale,
+                    (how.by_row[0][rows], how.by_row[1][rows]), how.by_column,
+                    None if how.positives_share is None else how.positives_share[rows],
+                    out, dot[tiles], wants_dot=self.wanted.scale, precision=self.operands.precision,
+                )  # fmt: skip
+        return stored, dot
+
+    # --- both --------------------------------------------------------------------------------------------------------
+
+    def _slopes_buffer(self) -> list[Tensor]:
+        chunks = self.chunks()
+        num_rows = chunks[0].stop
+        return [self.operands.query.x.new_empty(num_rows, width) for width in self.widths]
+
+    def _gradients(self, query: Tensor, key: Tensor, negatives: Tensor, extra: Tensor, scale: Tensor) -> Gradients:
+        return Gradients(query, key, negatives, extra, scale.reshape(()) if self.wanted.scale else scale.new_empty(0))
+
+
+def chunk_rows(row_bytes: int, tile_rows: int) -> int:
+    """How many rows are swept at a time where a row's slopes take ``row_bytes``: whole tiles, at least one."""
+    num_rows = max(CHUNK_BYTES // row_bytes, min(MIN_CHUNK_ROWS, MOST_CHUNK_BYTES // row_bytes))
+    return max(num_rows // tile_rows, 1) * tile_rows
+
+
+def _log_sum(total: Tensor, most: Tensor) -> Tensor:
+    """``log Σ_t total_t · exp(most_t)`` over the tiles: (T, R), (T, R) -> (R,)."""
+    return torch.logsumexp(total.log() + most, dim=0)
+
+
+def _log1p_exp(x: Tensor) -> Tensor:
+    """``log(1 + eˣ)`` that keeps the digits of a small result and NaN."""
+    return torch.logaddexp(x, x.new_zeros(()))

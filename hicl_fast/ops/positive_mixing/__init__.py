@@ -1,0 +1,1 @@
+"""Positives mixed with hard negatives. ``api`` is the function, ``reference`` its equation."""

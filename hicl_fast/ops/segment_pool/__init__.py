@@ -1,0 +1,1 @@
+"""Weighted means over ragged sequences. ``api`` is the function, ``reference`` its equation."""
