@@ -6,20 +6,31 @@ the symmetric loss needs every row of a column first, so it sweeps twice (four p
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hicl_fast.ops.common.constants import ANGLE_CLAMP
+from hicl_fast.ops.common.constants import ANGLE_CLAMP, Groups, Special
 from hicl_fast.ops.common.numbers import scale_on
 from hicl_fast.ops.common.precision import brought_to, with_exact_products
 from hicl_fast.ops.common.unit_rows import UnitRows
-from hicl_fast.ops.info_nce.problem import Gradients, Problem, RowStatistics, Wanted
+from hicl_fast.ops.info_nce.problem import Columns, Gradients, Problem, RowStatistics, Wanted
 
 # Up to ten temporaries of a chunk's size are in the allocator's hands at once; on a CPU, rows beyond some hundred gain nothing.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 _OTHER_DEVICE_CHUNK_BYTES = 256 << 20
+
+
+@dataclass
+class _Kind:
+    """A kind of column made ready: unit rows, their places among a row's logits, and their gradient as it grows."""
+
+    rules: Columns
+    unit: UnitRows  # (C, D)
+    place: slice
+    grad: Tensor  # (C, D); empty where it isn't wanted
 
 
 @dataclass
@@ -32,9 +43,9 @@ class _Chunk:
     positive: Tensor  # (R,) the positive's similarity
     positive_logit: Tensor  # (R,) with the margin
     margin_slope: Tensor | float  # (R,) derivative of the positive's (margin-adjusted) similarity
-    shift: Tensor | float  # (R,) positive_logit minus the mean logit of all positives
-    positives: Tensor | None  # (R, M) bool: further positives beside the target
+    further_positives: list[tuple[_Kind, Tensor]]  # (R, C) bool of a kind's columns: positives beside the target
     num_positives: Tensor | float  # (R,)
+    shift: Tensor | float  # (R,) positive_logit minus the mean logit of all positives
 
 
 def forward(problem: Problem, row_weight: float, wanted: Wanted) -> tuple[RowStatistics, Gradients]:
@@ -59,7 +70,7 @@ def _forward(problem: Problem, row_weight: float, wanted: Wanted) -> tuple[RowSt
         chunk = sweep.chunk(rows)
         positive[rows] = chunk.positive
         hardest[rows] = sweep.hardest(chunk)
-        sweep.add_own_bias(chunk)
+        sweep.add_bias(chunk)
         negative_lse[rows] = torch.logsumexp(chunk.logits, dim=1)
         loss[rows] = _loss(negative_lse[rows], chunk)
         if problem.symmetric:
@@ -82,7 +93,7 @@ def _backward(
     sweep = _Sweep(problem, wanted)
     for rows in sweep.chunks():
         chunk = sweep.chunk(rows)
-        sweep.add_own_bias(chunk)
+        sweep.add_bias(chunk)
         sweep.accumulate(chunk, negative_lse, column_lse, loss_grad.to(problem.dtype))
     return sweep.gradients()
 
@@ -94,26 +105,25 @@ class _Sweep:
         dtype, device = problem.dtype, problem.query.device
         self.problem, self.wanted = problem, wanted
         self.scale = scale_on(problem.scale, device, dtype)
-        self.num_rows, self.num_keys = problem.query.shape[0], problem.key.shape[0]
+        self.num_rows = problem.query.shape[0]
         self.unit_query = UnitRows.of(problem.query, dtype)
-        self.unit_columns = [
-            UnitRows.of(x, dtype) for x in (problem.key, problem.negatives, problem.bank) if x is not None
-        ]
-        self.num_similarities = sum(unit.rows.shape[0] for unit in self.unit_columns)
-        self.column_is_wanted = [wanted.key] + [wanted.negatives] * (problem.negatives is not None)
-
-        nothing = self.scale.new_empty(0)
-        self.query_grad = torch.empty_like(self.unit_query.rows) if wanted.query else nothing
-        self.column_grads = [
-            torch.zeros_like(unit.rows) if is_wanted else nothing
-            for unit, is_wanted in zip(self.unit_columns, self.column_is_wanted, strict=False)
-        ]
+        self.nothing = self.scale.new_empty(0)
+        self.kinds: list[_Kind] = []
+        self.num_similarities = 0
+        for columns in problem.columns(wanted):
+            self._add(columns, UnitRows.of(columns.vectors, dtype))
+        self.query_grad = torch.empty_like(self.unit_query.rows) if wanted.query else self.nothing
         self.extra_grad = (
             torch.empty_like(problem.extra_logits, dtype=dtype)
             if wanted.extra_logits and problem.extra_logits is not None
-            else nothing
+            else self.nothing
         )
-        self.scale_grad = torch.zeros_like(self.scale) if wanted.scale else nothing
+        self.scale_grad = torch.zeros_like(self.scale) if wanted.scale else self.nothing
+
+    def _add(self, columns: Columns, unit: UnitRows) -> None:
+        first, self.num_similarities = self.num_similarities, self.num_similarities + columns.count
+        grad = torch.zeros_like(unit.rows) if columns.wants_gradient else self.nothing
+        self.kinds.append(_Kind(columns, unit, slice(first, self.num_similarities), grad))
 
     def chunks(self) -> list[slice]:
         extra = 0 if self.problem.extra_logits is None else self.problem.extra_logits.shape[1]
@@ -125,7 +135,7 @@ class _Sweep:
     def chunk(self, rows: slice) -> _Chunk:
         problem, scale = self.problem, self.scale
         scaled_query = self.unit_query.rows[rows] * scale
-        parts = [scaled_query @ unit.rows.T for unit in self.unit_columns]
+        parts = [scaled_query @ kind.unit.rows.T for kind in self.kinds]
         if problem.extra_logits is not None:
             extra = problem.extra_logits[rows].to(scale.dtype)
             parts.append(extra.masked_fill(extra == torch.inf, torch.nan))  # −inf: a column that is left out
@@ -138,8 +148,9 @@ class _Sweep:
         )
         positive = logits.gather(1, target[:, None]).squeeze(1) / scale
         with_margin, slope = self.margin(positive)
-        chunk = _Chunk(rows, logits, target, positive, with_margin * scale, slope, 0.0, None, 1.0)
-        self._mask_groups(chunk)
+        chunk = _Chunk(rows, logits, target, positive, with_margin * scale, slope, [], 1.0, 0.0)
+        for kind in self.kinds:
+            self._mask_groups(chunk, kind)
         logits.scatter_(1, target[:, None], -torch.inf)
         return chunk
 
@@ -152,94 +163,99 @@ class _Sweep:
         theta = torch.arccos(positive.clamp(-1 + ANGLE_CLAMP, 1 - ANGLE_CLAMP))
         return torch.cos(theta + u), torch.where(inside, torch.sin(theta + u) / torch.sin(theta), 0.0)
 
-    def _mask_groups(self, chunk: _Chunk) -> None:
-        problem = self.problem
-        if problem.query_group is None or problem.key_group is None or problem.same_group == "negative":
+    def _mask_groups(self, chunk: _Chunk, kind: _Kind) -> None:
+        rules = kind.rules
+        if rules.groups == Groups.ORDINARY or rules.query_group is None or rules.group is None:
             return
-        in_group = problem.query_group[chunk.rows, None] == problem.key_group[None, :]  # (R, M)
-        keys = chunk.logits[:, : self.num_keys]
-        if problem.same_group == "exclude":
-            keys.masked_fill_(in_group, -torch.inf)
+        in_group = rules.query_group[chunk.rows, None] == rules.group[None, :]  # (R, C)
+        logits = chunk.logits[:, kind.place]
+        if rules.groups == Groups.EXCLUDED:
+            logits.masked_fill_(in_group, -torch.inf)
             return
-        in_group.scatter_(1, chunk.target[:, None], False)
-        chunk.positives = in_group
-        chunk.num_positives = 1 + in_group.sum(dim=1, dtype=keys.dtype)
-        others = (keys - chunk.positive_logit[:, None]).masked_fill_(~in_group, 0.0).sum(dim=1)
-        chunk.shift = -others / chunk.num_positives
+        if rules.special == Special.POSITIVE:
+            in_group.scatter_(1, chunk.target[:, None], False)
+        others = (logits - chunk.positive_logit[:, None]).masked_fill_(~in_group, 0.0).sum(dim=1)
+        shift_of_all = chunk.shift * chunk.num_positives - others
+        chunk.num_positives = chunk.num_positives + in_group.sum(dim=1, dtype=logits.dtype)
+        chunk.shift = shift_of_all / chunk.num_positives
+        chunk.further_positives.append((kind, in_group))
 
     def hardest(self, chunk: _Chunk) -> Tensor:
-        """The largest similarity among a row's negatives. Call before the own negative's bias is added."""
+        """The largest similarity among a row's negatives. Call before the own negatives' bias is added."""
         similarities = chunk.logits[:, : self.num_similarities]
-        if chunk.positives is not None:
+        if chunk.further_positives:
             similarities = similarities.clone()
-            similarities[:, : self.num_keys].masked_fill_(chunk.positives, -torch.inf)
+        for kind, positives in chunk.further_positives:
+            similarities[:, kind.place].masked_fill_(positives, -torch.inf)
         return similarities.amax(dim=1) / self.scale
 
-    def add_own_bias(self, chunk: _Chunk) -> None:
-        if self.problem.hard_negative_weight:
-            own = chunk.logits[:, self.num_keys :].diagonal(chunk.rows.start)
-            own += self.problem.hard_negative_weight
+    def add_bias(self, chunk: _Chunk) -> None:
+        for kind, own in self._own_negatives(chunk.rows, chunk.logits):
+            own += kind.rules.bias
+
+    def _own_negatives(self, rows: slice, of_columns: Tensor) -> Iterator[tuple[_Kind, Tensor]]:
+        """The entries (R,) of (R, C) that stand at the rows' own negatives: a view, by kind of column."""
+        for kind in self.kinds:
+            if kind.rules.special == Special.OWN_NEGATIVE:
+                yield kind, of_columns[:, kind.place].diagonal(rows.start)
 
     def accumulate(self, chunk: _Chunk, negative_lse: Tensor, column_lse: Tensor, row_weight: Tensor) -> None:
         """Turn the chunk's logits into ``∂loss/∂ℓ`` in place, and add what follows from it to the gradients."""
         problem, wanted, rows = self.problem, self.wanted, chunk.rows
         weight = row_weight[rows, None] / (2 if problem.symmetric else 1)
         lse = torch.logaddexp(negative_lse[rows], chunk.positive_logit)
-        target_weight = (1 - 1 / chunk.num_positives) - torch.exp(negative_lse[rows] - lse)
-        by_row = (chunk.logits - lse[:, None]).exp_().mul_(weight)
-        target_weight = target_weight * weight.squeeze(1)
-        if chunk.positives is not None:
-            by_row[:, : self.num_keys].sub_(chunk.positives * (weight / chunk.num_positives[:, None]))  # type: ignore[index]
+        target_grad = (1 - 1 / chunk.num_positives) - torch.exp(negative_lse[rows] - lse)
+        logits_grad = (chunk.logits - lse[:, None]).exp_().mul_(weight)
+        target_grad = target_grad * weight.squeeze(1)
+        for kind, positives in chunk.further_positives:
+            logits_grad[:, kind.place].sub_(positives * (weight / chunk.num_positives[:, None]))  # type: ignore[index]
         if problem.symmetric:
             column_weight = row_weight / 2
             full_lse = torch.logaddexp(column_lse[rows], chunk.positive_logit)
-            target_weight -= torch.exp(column_lse[rows] - full_lse) * column_weight[rows]
+            target_grad -= torch.exp(column_lse[rows] - full_lse) * column_weight[rows]
             all_lse = self._full_column_lse(column_lse)
-            by_row += (chunk.logits - all_lse[None, :]).exp_().mul_(column_weight[None, :])
+            logits_grad += (chunk.logits - all_lse[None, :]).exp_().mul_(column_weight[None, :])
         if wanted.extra_logits:
-            self.extra_grad[rows] = by_row[:, self.num_similarities :]
-        slope = by_row[:, : self.num_similarities]
+            self.extra_grad[rows] = logits_grad[:, self.num_similarities :]
+        similarity_grad = logits_grad[:, : self.num_similarities]  # up to the scale
         if wanted.scale:
-            self._accumulate_scale(chunk, slope, target_weight)
-        slope.scatter_(1, chunk.target[:, None], (target_weight * chunk.margin_slope)[:, None])
-        self._accumulate_products(rows, slope.mul_(self.scale))
+            self._accumulate_scale(chunk, similarity_grad, target_grad)
+        similarity_grad.scatter_(1, chunk.target[:, None], (target_grad * chunk.margin_slope)[:, None])
+        self._accumulate_products(rows, similarity_grad.mul_(self.scale))
 
     def _full_column_lse(self, column_lse: Tensor) -> Tensor:
         """Log-sum-exp down the columns, their positives included."""
         if not hasattr(self, "_column_lse"):
-            positive = (self.unit_query.rows * self.unit_columns[0].rows).sum(dim=1)
+            positive = (self.unit_query.rows * self.kinds[0].unit.rows).sum(dim=1)
             self._column_lse = torch.logaddexp(column_lse, self.margin(positive)[0] * self.scale)
         return self._column_lse
 
-    def _accumulate_scale(self, chunk: _Chunk, slope: Tensor, target_weight: Tensor) -> None:
-        similarity = chunk.logits[:, : self.num_similarities].masked_fill(slope == 0, 0.0)
-        total = (slope * similarity).sum() + (target_weight * chunk.positive_logit).sum()
-        if self.problem.hard_negative_weight:
-            own = slope[:, self.num_keys :].diagonal(chunk.rows.start)
-            total = total - own.sum() * self.problem.hard_negative_weight
+    def _accumulate_scale(self, chunk: _Chunk, logits_grad: Tensor, target_grad: Tensor) -> None:
+        logits = chunk.logits[:, : self.num_similarities].masked_fill(logits_grad == 0, 0.0)
+        total = (logits_grad * logits).sum() + (target_grad * chunk.positive_logit).sum()
+        for kind, own in self._own_negatives(chunk.rows, logits_grad):  # a bias isn't scaled
+            total = total - own.sum() * kind.rules.bias
         self.scale_grad += total / self.scale
 
-    def _accumulate_products(self, rows: slice, slope: Tensor) -> None:
+    def _accumulate_products(self, rows: slice, similarity_grad: Tensor) -> None:
         """``dQ = A K̂`` and ``dK = Aᵀ Q̂`` with A = ∂loss/∂s."""
-        begin = 0
         query_grad = None
-        for i, unit in enumerate(self.unit_columns):
-            part = slope[:, begin : begin + unit.rows.shape[0]]
-            begin += unit.rows.shape[0]
+        for kind in self.kinds:
+            part = similarity_grad[:, kind.place]
             if self.wanted.query:
-                query_grad = part @ unit.rows if query_grad is None else query_grad.addmm_(part, unit.rows)
-            if i < len(self.column_grads) and self.column_is_wanted[i]:
-                self.column_grads[i].addmm_(part.T, self.unit_query.rows[rows])
+                query_grad = part @ kind.unit.rows if query_grad is None else query_grad.addmm_(part, kind.unit.rows)
+            if kind.rules.wants_gradient:
+                kind.grad.addmm_(part.T, self.unit_query.rows[rows])
         if query_grad is not None:
             self.query_grad[rows] = self.unit_query.gradient(query_grad, rows)
 
     def gradients(self) -> Gradients:
-        columns = [
-            unit.gradient(grad) if is_wanted else grad
-            for unit, grad, is_wanted in zip(self.unit_columns, self.column_grads, self.column_is_wanted, strict=False)
-        ]
-        negatives_grad = columns[1] if len(columns) > 1 else self.scale.new_empty(0)
-        return Gradients(self.query_grad, columns[0], negatives_grad, self.extra_grad, self.scale_grad)
+        of_kinds = {
+            kind.rules.name: kind.unit.gradient(kind.grad) if kind.rules.wants_gradient else kind.grad
+            for kind in self.kinds
+        }
+        negatives_grad = of_kinds.get("negatives", self.nothing)
+        return Gradients(self.query_grad, of_kinds["key"], negatives_grad, self.extra_grad, self.scale_grad)
 
 
 def _loss(negative_lse: Tensor, chunk: _Chunk) -> Tensor:
