@@ -19,7 +19,9 @@ from hicl_fast.losses.queue import NegativeQueue
 from hicl_fast.losses.temperature import MAX_LOGIT_SCALE, Temperature
 from hicl_fast.ops.common.autograd import unwrapped
 from hicl_fast.ops.common.constants import Reduction, SameGroup
-from hicl_fast.ops.info_nce.api import check_options
+from hicl_fast.ops.info_nce.api import OPTIONS, check_options
+
+_NOT_SHOWN = ("hard_negative_weight", "precision", "backend")  # of the options, in a loss's representation
 
 
 def mean_of_rows(loss: Tensor, positive: Tensor, hardest: Tensor) -> dict[str, Tensor]:
@@ -90,6 +92,11 @@ class FusedInfoNCELoss(nn.Module):
         >>> loss_fn(encoder(batch), encoder(batch)).backward()
     """
 
+    # As the constructor takes them, beside the other names in OPTIONS.
+    symmetric: bool
+    same_group: SameGroup
+    hard_negative_weight: float
+
     def __init__(
         self,
         temperature: float = 0.05,
@@ -111,12 +118,12 @@ class FusedInfoNCELoss(nn.Module):
     ) -> None:
         super().__init__()
         check.flag("learnable_temperature", learnable_temperature)
-        check_options(
-            hard_negative_weight=hard_negative_weight,
-            same_group=same_group,
+        options = check_options(
             margin=margin,
             symmetric=symmetric,
+            same_group=same_group,
             reduction=reduction,
+            hard_negative_weight=hard_negative_weight,
             precision=precision,
             backend=backend,
         )
@@ -127,11 +134,9 @@ class FusedInfoNCELoss(nn.Module):
             if symmetric and mixing is not None:
                 raise ValueError(f"{name}: expected None with symmetric=True, since a mixture has one direction")
         self.temperature = Temperature(temperature, learnable_temperature, max_logit_scale)
-        self.margin, self.symmetric, self.same_group = margin, symmetric, same_group
-        self.hard_negative_weight = hard_negative_weight
+        vars(self).update(options)
         self.queue = NegativeQueue(queue_size) if queue_size else None
         self.hard_negative_mixing, self.positive_mixing = hard_negative_mixing, positive_mixing
-        self.reduction, self.precision, self.backend = reduction, precision, backend
         self.gather, self.process_group = check_gather(gather, process_group), process_group
         self._refuse_with_gather()
         self._rows: tuple[Tensor, Tensor, Tensor] | None = None
@@ -182,18 +187,12 @@ class FusedInfoNCELoss(nn.Module):
             key,
             temperature=temperature,
             negatives=negatives,
-            hard_negative_weight=self.hard_negative_weight if negatives is not None else 0.0,
-            **self._queued(query_group),
             extra_logits=mixtures.extra_logits,
             mixing=mixtures.mixing,
             query_group=query_group,
             key_group=key_group,
-            same_group=self.same_group,
-            margin=self.margin,
-            symmetric=self.symmetric,
-            reduction=self.reduction,
-            precision=self.precision,
-            backend=self.backend,
+            **self._queued(query_group),
+            **self._options(negatives),
         )
         if self.queue is not None and self.training:
             self.queue.push(key, key_group)
@@ -202,7 +201,12 @@ class FusedInfoNCELoss(nn.Module):
         self._rows = (unwrapped(result.loss), unwrapped(result.positive), unwrapped(result.hardest))
         return result.loss
 
-    def _queued(self, query_group: Tensor | None) -> dict[str, Tensor | None]:
+    def _options(self, negatives: Tensor | None) -> dict[str, Any]:
+        """What :func:`hicl_fast.functional.info_nce` is asked for beside its tensors."""
+        options = {name: getattr(self, name) for name in OPTIONS}
+        return options if negatives is not None else {**options, "hard_negative_weight": 0.0}
+
+    def _queued(self, query_group: Tensor | None) -> dict[str, Any]:
         """The queue's rows as a bank, and their groups where the queries have groups."""
         if self.queue is None or not self.training:
             return {}
@@ -282,16 +286,10 @@ class FusedInfoNCELoss(nn.Module):
             None if negatives is None else Part(negatives, shares["negatives"]),
             ranks,
             gather=self.gather,
-            symmetric=self.symmetric,
-            reduction=self.reduction,
             mix=mix if mixes else None,
             temperature=self.temperature(),
-            hard_negative_weight=self.hard_negative_weight if negatives is not None else 0.0,
             **self._queued(query_group),
-            same_group=self.same_group,
-            margin=self.margin,
-            precision=self.precision,
-            backend=self.backend,
+            **self._options(negatives),
         )
         if self.queue is not None and self.training and result.keys is not None:
             self.queue.push(result.keys, result.key_group)
@@ -336,7 +334,7 @@ class FusedInfoNCELoss(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        return f"margin={self.margin}, symmetric={self.symmetric}, same_group={self.same_group!r}, reduction={self.reduction!r}"
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in OPTIONS if name not in _NOT_SHOWN)
 
 
 def _check_shares(

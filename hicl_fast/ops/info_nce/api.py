@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 from torch import Tensor
 
 from hicl_fast import _checks as check
@@ -196,15 +199,15 @@ def _check_mixing(mixing: Mixing, query: Tensor, key: Tensor, target: Tensor | N
 
 def check_options(
     *,
-    hard_negative_weight: float,
-    same_group: str,
     margin: float,
     symmetric: bool,
+    same_group: str,
     reduction: str,
+    hard_negative_weight: float,
     precision: str | None,
     backend: str,
-) -> None:
-    """The options of InfoNCE that say nothing of tensors: the function's, and those a module keeps for it."""
+) -> dict[str, Any]:
+    """The options of InfoNCE that say nothing of tensors, checked: the function's, and those a module keeps for it."""
     check.real_number("hard_negative_weight", hard_negative_weight)
     check.one_of("same_group", same_group, ("exclude", "negative", "positive"))
     check.angle("margin", margin)
@@ -212,3 +215,15 @@ def check_options(
     check.one_of("reduction", reduction, ("mean", "sum", "none"))
     check.one_of("precision", precision, (None, "float32", "bf16"))
     registry.check_name(backend)
+    return {
+        "margin": margin,
+        "symmetric": symmetric,
+        "same_group": same_group,
+        "reduction": reduction,
+        "hard_negative_weight": hard_negative_weight,
+        "precision": precision,
+        "backend": backend,
+    }
+
+
+OPTIONS = tuple(inspect.signature(check_options).parameters)
