@@ -14,7 +14,8 @@ from hicl_fast import _checks as check
 from hicl_fast.ops.backends.registry import check_name
 from hicl_fast.ops.common.arguments import MOST_NEGATIVES
 from hicl_fast.ops.paradigm.settings import MODIFIABLE, OBJECTIVES
-from hicl_fast.trainer.methods import GATHER, METHODS
+from hicl_fast.trainer.method import GATHER
+from hicl_fast.trainer.methods import METHODS
 from hicl_fast.trainer.token_pooling import POOLERS
 
 

@@ -3,50 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import ClassVar
 
 from torch import Tensor
 
 from hicl_fast import FusedHiCLLoss, FusedInfoNCELoss, reference
-from hicl_fast.distributed import Gather
 from hicl_fast.trainer import mixing
+from hicl_fast.trainer.method import GATHER, Arguments, Method, Views
 from hicl_fast.trainer.paradigm import GradientParadigm
-
-if TYPE_CHECKING:
-    from hicl_fast.trainer.arguments import MethodArguments
-
-
-class Views(NamedTuple):
-    """A batch's embeddings; document b owns the segments ``offsets[b]:offsets[b + 1]``."""
-
-    anchor: Tensor  # (S, D)
-    positive: Tensor  # (S, D)
-    negative: Tensor | None  # (P, D), each hard negative's column after the other; P = S where there is one
-    offsets: Tensor  # (B + 1,) int64
-    lengths: Tensor  # (S,) int64, tokens of each segment
-    groups: Tensor | None = None  # (B,) int64, the same for documents of the same text
-
-
-class Method(Protocol):
-    """What the trainer asks of a method."""
-
-    segmented: ClassVar[bool]  # cut documents into segments?
-    most_columns: ClassVar[int | None]  # of the text: 1 sentence, 2 and positive, None and any number of hard negatives
-    max_seq_length: ClassVar[int]  # default of the argument
-    options: ClassVar[frozenset[str]]  # which of the options that not all methods have: groups in arguments.py
-    fused: Any  # the loss module: ``last`` holds scalars for the log, ``state_dict`` what a checkpoint must keep
-
-    def __init__(self, args: MethodArguments, seed: int = 0) -> None:
-        """``seed`` is that of whatever the method draws itself."""
-        ...
-
-    def loss(self, views: Views) -> Tensor:
-        """The scalar to minimise."""
-        ...
-
-    def reference(self, views: Views) -> Tensor:
-        """The same in plain PyTorch, in the type of the views: what ``--check_every`` compares with."""
-        ...
 
 
 class SimCSE:
@@ -58,7 +22,7 @@ class SimCSE:
     options: ClassVar[frozenset[str]] = frozenset({"pairs"})
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes()
 
-    def __init__(self, args: MethodArguments, seed: int = 0) -> None:
+    def __init__(self, args: Arguments, seed: int = 0) -> None:
         self.temperature, self.hard_negative_weight = args.temp, args.hard_negative_weight
         self.fused: FusedInfoNCELoss = FusedInfoNCELoss(
             args.temp,
@@ -116,7 +80,7 @@ class HiCL:
     options: ClassVar[frozenset[str]] = frozenset({"segments"})
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes()
 
-    def __init__(self, args: MethodArguments, seed: int = 0) -> None:
+    def __init__(self, args: Arguments, seed: int = 0) -> None:
         self.settings = {
             "temperature": args.temp,
             "local_weight": args.local_weight,
@@ -153,8 +117,6 @@ class HiCLHNCSE(HiCL):
     options: ClassVar[frozenset[str]] = HiCL.options | {"mixed negatives", "mixed positives"}
     mixes: ClassVar[mixing.Mixes] = mixing.Mixes(negatives=True, positives=True)
 
-
-GATHER: dict[str, Gather] = {"none": False, "all": True, "ring": "ring"}
 
 METHODS: dict[str, type[Method]] = {
     "simcse": SimCSE,

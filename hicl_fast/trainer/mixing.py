@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from hicl_fast import FusedInfoNCELoss, HardNegativeMixing, PositiveMixing, reference
 from hicl_fast import _checks as check
 from hicl_fast.ops.positive_mixing.operator import Weights
-
-if TYPE_CHECKING:
-    from hicl_fast.trainer.arguments import MethodArguments
+from hicl_fast.trainer.method import Arguments
 
 
 class Mixes(NamedTuple):
@@ -21,7 +19,7 @@ class Mixes(NamedTuple):
     positives: bool = False
 
 
-def modules(mixes: Mixes, args: MethodArguments, seed: int) -> dict[str, Any]:
+def modules(mixes: Mixes, args: Arguments, seed: int) -> dict[str, Any]:
     """The loss modules' arguments for what is mixed."""
     found: dict[str, Any] = {}
     if mixes.negatives:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from hicl_fast import GradientParadigmLoss, reference
-
-if TYPE_CHECKING:
-    from hicl_fast.trainer.arguments import MethodArguments
-    from hicl_fast.trainer.methods import Views
+from hicl_fast.trainer.method import Arguments, Views
 
 # The ratio of the modification "r" in the paper's BERT runs (arXiv 2402.18281).
 PAPER_RATIO = {"mhe": 1.75, "mhs": 1.75, "vicreg": 1.5, "barlow_twins": 1.5}
@@ -25,7 +22,7 @@ class GradientParadigm:
     max_seq_length: ClassVar[int] = 32
     options: ClassVar[frozenset[str]] = frozenset({"paradigm"})
 
-    def __init__(self, args: MethodArguments, seed: int = 0) -> None:
+    def __init__(self, args: Arguments, seed: int = 0) -> None:
         if args.gather == "ring":
             raise ValueError("gather: expected none or all with --method paradigm, got 'ring'")
         self.settings = settings_of(args)
@@ -46,7 +43,7 @@ class GradientParadigm:
         return reference.paradigm(views.anchor, views.positive, **self.settings)
 
 
-def settings_of(args: MethodArguments) -> dict[str, Any]:
+def settings_of(args: Arguments) -> dict[str, Any]:
     """The loss's options as the arguments give them."""
     modified = tuple(part for part in args.modified.split(",") if part)
     ratio: Any = _number_or_name(args.ratio)

@@ -13,17 +13,14 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from hicl_fast.trainer.checkpoints import UNFINISHED, missing_from
 from hicl_fast.trainer.checks import Diverged
 from hicl_fast.trainer.gradient_cache import RandomState, random_devices
-
-if TYPE_CHECKING:
-    from hicl_fast.trainer.trainer import ContrastiveTrainer
 
 STATE_FILE = "trainer_state.json"  # comes last: it vouches for the others
 
@@ -78,7 +75,7 @@ class LastStep(TrainerCallback):
     A step that fails has drawn random numbers, and perhaps moved the loss's own state, which its repetition will again.
     """
 
-    def __init__(self, trainer: ContrastiveTrainer) -> None:
+    def __init__(self, trainer: Trainer) -> None:  # a ContrastiveTrainer
         self.trainer = trainer
         self.stop = StopSignals()
         self._is_updating = False

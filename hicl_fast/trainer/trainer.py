@@ -13,7 +13,7 @@ from hicl_fast.evaluation import Task, score_task
 from hicl_fast.trainer.checks import check_finite, check_loss
 from hicl_fast.trainer.encoder import SentenceEncoder
 from hicl_fast.trainer.gradient_cache import embed_in_chunks
-from hicl_fast.trainer.methods import Method, Views
+from hicl_fast.trainer.method import Method, Views
 from hicl_fast.trainer.model import POOLING_KEY, write_sentence_transformers_files
 from hicl_fast.trainer.rescue import LastStep
 from hicl_fast.trainer.token_pooling import embed

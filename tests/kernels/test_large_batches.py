@@ -92,7 +92,9 @@ def cost(monkeypatch: pytest.MonkeyPatch) -> Cost:
             monkeypatch.setattr(module, name, Kernel())
     monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(registry, "choose", lambda *call: "triton")
-    monkeypatch.setattr("hicl_fast.ops.info_nce.operator.without_autocast", lambda device_type: contextlib.nullcontext())
+    monkeypatch.setattr(
+        "hicl_fast.ops.info_nce.operator.without_autocast", lambda device_type: contextlib.nullcontext()
+    )
     return counted
 
 

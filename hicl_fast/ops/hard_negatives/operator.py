@@ -11,7 +11,7 @@ from hicl_fast.ops.backends import features, registry
 from hicl_fast.ops.common.autograd import is_transformed, readable, runs_eagerly, without_autocast
 from hicl_fast.ops.common.numbers import sum_type
 from hicl_fast.ops.common.shapes import check_shapes
-from hicl_fast.ops.hard_negatives import reference
+from hicl_fast.ops.hard_negatives import by_reference
 
 _library = torch.library.Library("hicl_fast", "FRAGMENT")
 _library.define(
@@ -35,14 +35,8 @@ def apply(
     )
     if is_transformed(query, key):
         _check_target(target, key.shape[0])
-        similarity, index = reference.hard_negatives(
-            query,
-            key,
-            k,
-            target=target,
-            query_group=query_group,
-            key_group=key_group,
-            exclude_target=exclude_target,
+        similarity, index = by_reference.hard_negatives(
+            query, key, k, target, query_group, key_group, exclude_target=exclude_target
         )
         check_found(index, k)
         return similarity, index

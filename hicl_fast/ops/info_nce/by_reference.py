@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hicl_fast.ops.hard_negatives import reference as hard_negatives
+from hicl_fast.ops.hard_negatives.by_reference import hard_negatives
 from hicl_fast.ops.info_nce.problem import FIELDS, Mixing, Problem
 from hicl_fast.ops.info_nce.reference import Statistics, info_nce_with_statistics
 from hicl_fast.ops.mixed_negatives.by_reference import mixed_negatives
@@ -45,13 +45,6 @@ def mixed_logits(problem: Problem, mixing: Mixing, index: Tensor) -> Tensor:
 
 def hardest_keys(problem: Problem, k: int) -> Tensor:
     """(N, k) int64, the keys that are mixed."""
-    has_groups = problem.same_group != "negative"
-    _, index = hard_negatives.hard_negatives(
-        problem.query,
-        problem.key,
-        k,
-        target=problem.target,
-        query_group=problem.query_group if has_groups else None,
-        key_group=problem.key_group if has_groups else None,
-    )
+    groups = (None, None) if problem.same_group == "negative" else (problem.query_group, problem.key_group)
+    _, index = hard_negatives(problem.query, problem.key, k, problem.target, *groups)
     return index
