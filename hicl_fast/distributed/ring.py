@@ -62,7 +62,7 @@ def foreign_log_sum_exp(
         shares: how many rows each rank's block has.
         query_group: (N,) group of each query; keys of the same group don't count. Given with ``key_group``.
         key_group: group of each row of all blocks, in the order of ranks.
-        precision: of the products, as a :class:`hicl_fast.ops.problem.Problem` has it.
+        precision: of the products, as a :class:`hicl_fast.ops.info_nce.problem.Problem` has it.
         backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
