@@ -302,7 +302,7 @@ BREAKS = (
         "hicl_fast/losses/info_nce.py",
         "if self.queue is None or not self.training:",
         "if self.queue is None:",
-        "tests/losses/test_queue.py",
+        "tests/losses",
     ),
     Break(
         "temperature-bound",
@@ -349,8 +349,8 @@ BREAKS = (
         "ring-floor",
         "distributed",
         "hicl_fast/distributed/ring.py",
-        "to_query, to_block, _, _, to_scale = _score_backward(",
-        "to_query, to_block, _, _, to_scale = (0.5 * x for x in _score_backward(",
+        "row_lse = torch.logaddexp(one_lse, floor)",
+        "row_lse = one_lse",
         "tests/distributed/test_losses.py -k ring",
     ),
     # --- trainer
@@ -435,12 +435,9 @@ def _run_tests(one: Break, folder: Path) -> tuple[list[str], int]:
         )
     except subprocess.TimeoutExpired:
         return [f"no end within {TIMEOUT} s"], 0
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    crashed = [f"pytest ended with {done.returncode}"] if done.returncode > 1 and not failed else []
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+::\S+)", done.stdout, re.MULTILINE)  # not what can't even be loaded
     passed = re.search(r"(\d+) passed", done.stdout)
-    if done.returncode == 5 or not (failed or crashed or passed):
-        return [], 0
-    return failed or crashed, int(passed[1]) if passed else 0
+    return failed, int(passed[1]) if passed else 0
 
 
 def table(found: Sequence[Seen]) -> str:

@@ -272,8 +272,9 @@ def test_compiled(backend: str, reduction: str, symmetric: bool) -> None:
         torch.testing.assert_close(got, expected)
 
 
-def test_registered_operators(backend: str) -> None:
-    q, k = (x.float().requires_grad_() for x in draw(5, 6, 4).values())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_registered_operators(backend: str, dtype: torch.dtype) -> None:
+    q, k = (x.to(dtype).requires_grad_() for x in draw(5, 6, 4).values())
     problem = (q, k, torch.tensor(20.0), None, None, None, None, None, None, 0.0, "exclude", 0.0, False, "default")
     wanted = [True, True, False, False, False]
     torch.library.opcheck(torch.ops.hicl_fast.info_nce_mean.default, (*problem, "mean", wanted, backend))
