@@ -18,11 +18,13 @@ from torch import Tensor
 
 from hicl_fast import reference
 from hicl_fast._command import Parser, command, device, needs, positive, whole
-from hicl_fast.ops.common.constants import NORM_FLOOR
+from hicl_fast.ops.common.constants import NORM_FLOOR, Special
+from hicl_fast.ops.info_nce.problem import Columns
 
 with needs("triton", __name__):
-    from hicl_fast.kernels import launch
-    from hicl_fast.kernels.launch import Columns, Rows
+    from hicl_fast.kernels import info_nce
+    from hicl_fast.kernels.cosine_tile import Similarities, tile_for
+    from hicl_fast.kernels.rows import Rows
     from hicl_fast.kernels.tiles import EXP, Tile
 
     from hicl_fast.ops.common.row_kernels import row_kernels
@@ -66,17 +68,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def measure(query: Tensor, key: Tensor, seconds: float, results: Results) -> None:
     device, (num_rows, num_cols) = query.device, (query.shape[0], key.shape[0])
-    rows, columns, offset, out = operands(query, key)
+    rows, keys, columns, offset, out = operands(query, key)
     scale = torch.full((1,), SCALE, device=device)
 
     def step_of(tile: Tile) -> Step:
-        sums = torch.empty(len(launch.EXP_PLANES), -(-num_cols // tile.cols), num_rows, device=device)
-        return lambda: launch.exp_similarities(
-            rows, columns, tile, slice(0, num_rows), scale, offset, out, sums,
-            amplitude=1.0, wants_dot=False, precision="ieee",
+        sums = torch.empty(len(info_nce.EXP_PLANES), -(-num_cols // tile.cols), num_rows, device=device)
+        similarities = Similarities(rows, keys, columns, slice(0, num_rows), tile, "ieee")
+        return lambda: info_nce.exp_similarities(
+            similarities, scale, offset, out, sums, amplitude=1.0, wants_dot=False
         )  # fmt: skip
 
-    now = launch.tile_for([rows.operand, columns.vectors.operand], "ieee", EXP)
+    now = tile_for([rows.operand, keys.operand], "ieee", EXP)
     candidates = {"as it is": now, **others(now)}
     product = torch.empty(num_rows, num_cols, dtype=query.dtype, device=device)
     steps: dict[str, Step] = {LIMIT: lambda: torch.mm(query, key.T, out=product)}
@@ -121,14 +123,14 @@ def others(now: Tile) -> dict[str, Tile]:
     }
 
 
-def operands(query: Tensor, key: Tensor) -> tuple[Rows, Columns, Tensor, Tensor]:
-    """What the kernel takes: rows, columns with the positives left out, offsets (R,) and a buffer (R, C)."""
+def operands(query: Tensor, key: Tensor) -> tuple[Rows, Rows, Columns, Tensor, Tensor]:
+    """What the kernel takes: rows, keys, their rule that positives are left out, offsets (R,) and a buffer (R, C)."""
     normalise = row_kernels(query.device).normalise
     target = torch.arange(query.shape[0], device=query.device)
-    columns = launch.Columns(normalise(key, NORM_FLOOR), launch.POSITIVE, target, 0.0, launch.ORDINARY, None, None)
+    columns = Columns("key", key, wants_gradient=False, special=Special.POSITIVE, special_column=target)
     offset = torch.full((query.shape[0],), SCALE, device=query.device)
     out = torch.empty(query.shape[0], key.shape[0], dtype=query.dtype, device=query.device)
-    return normalise(query, NORM_FLOOR), columns, offset, out
+    return normalise(query, NORM_FLOOR), normalise(key, NORM_FLOOR), columns, offset, out
 
 
 def check(query: Tensor, key: Tensor, got: Tensor) -> float:

@@ -6,10 +6,26 @@ columns. So whatever the order of the comparisons, the result is the same.
 """
 
 # ruff: noqa: N803
+from typing import TYPE_CHECKING
+
+import torch
 import triton
 import triton.language as tl
-from hicl_fast.kernels.similarity import EXCLUDED, POSITIVE, same_group, similarities, special_columns
+from hicl_fast.kernels.cosine_tile import (
+    EXCLUDED,
+    POSITIVE,
+    Similarities,
+    same_group,
+    similarities,
+    special_columns,
+)
+from hicl_fast.kernels.device import architecture, operand_of
+from hicl_fast.kernels.rows import Rows
 from hicl_fast.kernels.tiles import STATISTICS, Tile, similarity_tile
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hicl_fast.ops.info_nce.problem import Columns
 
 NO_VALUE = -(1 << 31)  # a key's upper half where there is no column: below those of all floats
 
@@ -96,3 +112,32 @@ def hard_negatives_kernel(
             top, worst = tl.max(keys, axis=1), tl.min(best, axis=1)
     best_ptrs = best_ptr + ((rows.to(tl.int64) * parts + part) * KEPT)[:, None] + places[None, :]
     tl.store(best_ptrs, best, mask=(rows < num_rows)[:, None])
+
+
+_PROGRAMS = 512  # enough for every multiprocessor; the columns are cut into parts where the rows make fewer
+_FEWEST_TILES = 4  # of a part
+
+
+def hardest(
+    query: Rows,  # (N, D)
+    key: Rows,  # (C, D)
+    columns: "Columns",  # the keys' rules
+    k: int,
+    precision: str,
+) -> Tensor:  # (N, k) int64
+    """Each row's k largest keys, falling."""
+    num_rows, num_kept = query.x.shape[0], kept(k)
+    tile = hard_negatives_tile(architecture(query.x.device), operand_of(query.x, precision), k)
+    row_tiles, col_tiles = triton.cdiv(num_rows, tile.rows), triton.cdiv(key.x.shape[0], tile.cols)
+    tiles_per_part = min(col_tiles, max(_FEWEST_TILES, triton.cdiv(col_tiles * row_tiles, _PROGRAMS)))
+    parts = triton.cdiv(col_tiles, tiles_per_part)
+    best = torch.empty(num_rows, parts * num_kept, dtype=torch.int64, device=query.x.device)
+    hard_negatives_kernel[(row_tiles, parts)](
+        best_ptr=best,
+        part_cols=tiles_per_part * tile.cols,
+        parts=parts,
+        KEPT=num_kept,
+        **Similarities(query, key, columns, slice(None), tile, precision).arguments(),
+        **tile.blocks(),
+    )
+    return best.topk(k, dim=1).values

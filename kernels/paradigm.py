@@ -8,10 +8,15 @@ sent to one place.
 """
 
 # ruff: noqa: N803
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
-from hicl_fast.kernels.rows import load_rows, store_rows
-from hicl_fast.kernels.similarity import LN_2, LOG2_E, similarities, store_sums, sum_of_exp2, tile_at
+from hicl_fast.kernels.cosine_tile import LN_2, LOG2_E, num_tiles, store_sums, sum_of_exp2, tile_of_products
+from hicl_fast.kernels.rows import load_rows, row_grid, store_rows
+from hicl_fast.kernels.tiles import Tile, row_tile
+from torch import Tensor
 
 from hicl_fast.ops.common.constants import POWER_FLOOR
 
@@ -62,8 +67,6 @@ def store_largest(value_ptr, place_ptr, tile, at, num, s, counts, places, AXIS: 
 def statistics_kernel(
     x_ptr,  # (num_rows, dim) unit rows
     y_ptr,  # (num_cols, dim) unit rows
-    x_inverse_ptr,  # (num_rows,) ones
-    y_inverse_ptr,  # (num_cols,) ones
     hardest_ptr,  # out (column tiles, num_rows) the largest similarity
     nearest_ptr,  # out (column tiles, num_rows) int32 its column
     column_hardest_ptr,  # out (row tiles, num_cols)
@@ -83,12 +86,9 @@ def statistics_kernel(
     BLOCK_DEPTH: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    row_tile, col_tile = tile_at(tl.program_id(0), num_rows, num_cols, BLOCK_ROWS, BLOCK_COLS, BAND)
-    first_row, first_col = row_tile * BLOCK_ROWS, col_tile * BLOCK_COLS
-    rows, cols = first_row + tl.arange(0, BLOCK_ROWS), first_col + tl.arange(0, BLOCK_COLS)
-    s = similarities(
-        x_ptr, y_ptr, x_inverse_ptr, y_inverse_ptr, first_row, first_col, num_rows, num_cols, dim,
-        BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION, False,
+    row_tile, col_tile, rows, cols, s = tile_of_products(
+        tl.program_id(0), x_ptr, y_ptr, num_rows, num_cols, dim,
+        PRECISION, False, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, BAND,
     )  # fmt: skip
     own = first_own + rows
     counts = (rows < num_rows)[:, None] & (cols < num_cols)[None, :] & (cols[None, :] != own[:, None])
@@ -105,8 +105,6 @@ def statistics_kernel(
 def weights_kernel(
     x_ptr,  # (num_rows, dim) unit rows
     y_ptr,  # (num_cols, dim) unit rows
-    x_inverse_ptr,  # (num_rows,) ones
-    y_inverse_ptr,  # (num_cols,) ones
     log_factor_ptr,  # (num_rows,)
     weights_ptr,  # out (num_rows, num_cols), 0 on the diagonal
     hardest_ptr,  # out (column tiles, num_rows)
@@ -125,12 +123,9 @@ def weights_kernel(
     BLOCK_DEPTH: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    row_tile, col_tile = tile_at(tl.program_id(0), num_rows, num_cols, BLOCK_ROWS, BLOCK_COLS, BAND)
-    first_row, first_col = row_tile * BLOCK_ROWS, col_tile * BLOCK_COLS
-    rows, cols = first_row + tl.arange(0, BLOCK_ROWS), first_col + tl.arange(0, BLOCK_COLS)
-    s = similarities(
-        x_ptr, y_ptr, x_inverse_ptr, y_inverse_ptr, first_row, first_col, num_rows, num_cols, dim,
-        BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, PRECISION, False,
+    row_tile, col_tile, rows, cols, s = tile_of_products(
+        tl.program_id(0), x_ptr, y_ptr, num_rows, num_cols, dim,
+        PRECISION, False, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, BAND,
     )  # fmt: skip
     inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
     counts = inside & (cols[None, :] != (first_own + rows)[:, None])
@@ -166,3 +161,103 @@ def sum_by_target_kernel(
         factor = tl.load(factor_ptr + row, mask=exists, other=0.0)
         total += load_rows(x_ptr, row, exists, dim, BLOCK_DIM) * factor[:, None]
     store_rows(sums_ptr, targets, inside, dim, total, BLOCK_DIM)
+
+
+@dataclass(frozen=True)
+class Largest:
+    """What each tile finds the largest along its rows, or its columns, beside what the others find."""
+
+    value: Tensor  # (tiles, N) float32, NaN where there is one
+    place: Tensor  # (tiles, N) int32, the first where it is
+
+    @staticmethod
+    def unknown(tiles: int, count: int, device: torch.device) -> "Largest":
+        return Largest(
+            torch.empty(tiles, count, dtype=torch.float32, device=device),
+            torch.empty(tiles, count, dtype=torch.int32, device=device),
+        )
+
+
+def statistics(
+    x: Tensor,  # (R, D)
+    y: Tensor,  # (N, D)
+    tile: Tile,
+    first_row: int,  # the row of y that x's first is not compared with
+    by_row: Largest,  # out (column tiles, R)
+    by_column: Largest | None,  # out (row tiles, N)
+    partials: Tensor | None,  # out (2, column tiles, R) float32: Σ exp(s/τ − max), max s/τ
+    temperature: float,
+    *,
+    precision: str,
+) -> None:
+    """The largest similarities off the diagonal and where they are, and the parts of log-sum-exp."""
+    num_rows, num_cols = x.shape[0], y.shape[0]
+    statistics_kernel[(num_tiles(num_rows, num_cols, tile),)](
+        x_ptr=x,
+        y_ptr=y,
+        hardest_ptr=by_row.value,
+        nearest_ptr=by_row.place,
+        column_hardest_ptr=None if by_column is None else by_column.value,
+        column_index_ptr=None if by_column is None else by_column.place,
+        partials_ptr=partials,
+        num_rows=num_rows,
+        num_cols=num_cols,
+        dim=x.shape[1],
+        first_own=first_row,
+        plane_stride=0 if partials is None else partials.stride(0),
+        temperature=temperature,
+        HAS_COLUMNS=by_column is not None,
+        HAS_LSE=partials is not None,
+        PRECISION=precision,
+        BAND=tile.band,
+        **tile.blocks(),
+    )
+
+
+def weights(
+    x: Tensor,  # (R, D)
+    y: Tensor,  # (N, D)
+    tile: Tile,
+    first_row: int,  # the row of y that x's first is not compared with
+    weight: str,  # a name in WEIGHTS
+    parameter: float,
+    log_factor: Tensor,  # (R,)
+    out: Tensor,  # (R, N) with unit stride along the columns
+    by_row: Largest,  # out (column tiles, R)
+    sums: Tensor,  # out (column tiles, R) float32
+    *,
+    precision: str,
+) -> None:
+    """``out = exp(−log_factor) · weight(s)``, 0 on the diagonal, its sums by row, and the largest similarities."""
+    num_rows, num_cols = x.shape[0], y.shape[0]
+    weights_kernel[(num_tiles(num_rows, num_cols, tile),)](
+        x_ptr=x,
+        y_ptr=y,
+        log_factor_ptr=log_factor,
+        weights_ptr=out,
+        hardest_ptr=by_row.value,
+        nearest_ptr=by_row.place,
+        sums_ptr=sums,
+        num_rows=num_rows,
+        num_cols=num_cols,
+        dim=x.shape[1],
+        first_own=first_row,
+        weights_stride=out.stride(0),
+        parameter=parameter,
+        WEIGHT=WEIGHTS[weight].value,
+        PRECISION=precision,
+        BAND=tile.band,
+        **tile.blocks(),
+    )
+
+
+def sum_by_target(x: Tensor, factor: Tensor, order: Tensor, begin: Tensor) -> Tensor:
+    """``Σ factor_i x_i`` over the rows that go to each target, added up in their order: (T, D) float32.
+
+    x is (N, D), factor (N,); target t's rows are those that ``order[begin[t] : begin[t + 1]]`` names, (N,) and (T + 1,)
+    int64. All contiguous.
+    """
+    sums = torch.empty(len(begin) - 1, x.shape[1], dtype=torch.float32, device=x.device)
+    tile = row_tile(x.shape[1])
+    sum_by_target_kernel[row_grid(sums, tile)](x, factor, order, begin, sums, *sums.shape, **tile.options())
+    return sums

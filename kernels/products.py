@@ -1,8 +1,12 @@
 """A float32 product that is never rounded to TF32, whatever the process allows the library's own products."""
 
 # ruff: noqa: N803
+import torch
 import triton
 import triton.language as tl
+from hicl_fast.kernels.device import architecture
+from hicl_fast.kernels.tiles import STATISTICS, similarity_tile
+from torch import Tensor
 
 
 @triton.jit
@@ -45,3 +49,20 @@ def product_kernel(
     if ADDS:
         total += tl.load(out_at, mask=inside, other=0.0)
     tl.store(out_at, total, mask=inside)
+
+
+def product(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
+    """``a @ b``, (R, K), (K, C) -> (R, C), float32 in every digit; added to ``onto`` in place if that is given.
+
+    Any strides, so that either may be a transposed view.
+    """
+    num_rows, num_cols, depth = a.shape[0], b.shape[1], a.shape[1]
+    out = torch.empty(num_rows, num_cols, dtype=torch.float32, device=a.device) if onto is None else onto
+    if out.numel():
+        tile = similarity_tile(architecture(a.device), "fp32", STATISTICS)
+        grid = (triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_cols, tile.cols),)
+        product_kernel[grid](
+            a, b, out, num_rows, num_cols, depth, *a.stride(), *b.stride(), *out.stride(),
+            ADDS=onto is not None, **tile.blocks(),
+        )  # fmt: skip
+    return out

@@ -1,8 +1,36 @@
 """What InfoNCE does a row at a time: norms, the positives' similarities, and the way back through the normalisation."""
 
 # ruff: noqa: N803
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
+from hicl_fast.kernels.tiles import RowTile, row_tile
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Vectors and what makes them unit vectors."""
+
+    x: Tensor  # (N, D) contiguous, as they came
+    inverse: Tensor  # (N,) float32: 1 / ‖x‖, 0 for a zero row
+    operand: Tensor  # (N, D) what products take: x, its long rows made shorter
+
+    def __getitem__(self, rows: slice) -> "Rows":
+        return Rows(self.x[rows], self.inverse[rows], self.operand[rows])
+
+
+@dataclass(frozen=True)
+class Partners:
+    """The rows of the other side that a row shares a positive with, and how much of their unit rows it is given."""
+
+    other: Rows  # (K, D)
+    coefficient: Tensor  # (N,); with begin: (K,)
+    index: Tensor | None = None  # int64: (N,), the partner of each row; None: the row of the same index
+    begin: Tensor | None = None  # (N + 1,) int64: the partners are index[begin[i] : begin[i + 1]]
+
 
 # Which rows of the other side a row shares a positive with.
 NOBODY = tl.constexpr(0)
@@ -196,3 +224,86 @@ def gradient_kernel(
     # give or take a rounding.
     along = tl.where(inverse * floor > 0.999999, 0.0, tl.sum(grad * unit, axis=1))
     store_rows(gradient_ptr, rows, inside, dim, (grad - along[:, None] * unit) * inverse[:, None], BLOCK_DIM)
+
+
+def normalise(x: Tensor, floor: float, unit: Tensor | None = None) -> Rows:
+    """The rows of x (N, D), contiguous, with their inverse norms; writes the unit rows to ``unit`` (N, D) if given."""
+    inverse = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    has_long = x.dtype != torch.float16  # which is all within float32's squares
+    operand = torch.empty_like(x) if has_long else x
+    if x.shape[0]:
+        tile = row_tile(x.shape[1])
+        normalise_kernel[row_grid(x, tile)](
+            x, inverse, unit, operand, *x.shape, floor,
+            WRITES_UNIT=unit is not None, WRITES_OPERAND=has_long, **tile.options(),
+        )  # fmt: skip
+    return Rows(x, inverse, operand)
+
+
+def scale_rows(rows: Rows, factor: Tensor) -> Tensor:
+    """``factor[:, None]`` times the unit rows, in the rows' type, rounded once; (N, D), (N,) float32 -> (N, D)."""
+    x, scaled = rows.x, torch.empty_like(rows.x)
+    tile = row_tile(x.shape[1])
+    scale_rows_kernel[row_grid(x, tile)](x, rows.inverse, factor, scaled, *x.shape, **tile.options())
+    return scaled
+
+
+def positive_similarity(query: Rows, key: Rows, target: Tensor) -> Tensor:
+    """The cosine of each query with its target, (N,) float32, from the same numbers as the tiles; NaN for no key."""
+    positive = torch.empty_like(query.inverse)
+    tile = row_tile(query.x.shape[1])
+    positive_kernel[row_grid(query.x, tile)](
+        query.x,
+        key.x,
+        query.inverse,
+        key.inverse,
+        target,
+        positive,
+        query.x.shape[0],
+        key.x.shape[0],
+        query.x.shape[1],
+        **tile.options(),
+    )
+    return positive
+
+
+def gradient(
+    product: Tensor,  # (N, D) float32
+    factor: Tensor,  # (N,) float32 of the product; may be an expanded scalar
+    rows: Rows,  # (N, D)
+    partners: Partners | None,
+    floor: float,
+    out: Tensor,  # (N, D) float32; may be the product
+) -> None:
+    """The gradient with respect to the rows as they came, from that with respect to the unit rows."""
+    if not rows.x.shape[0]:
+        return
+    kind, other = NOBODY, rows
+    coefficient = index = begin = None
+    if partners is not None:
+        other, coefficient, index, begin = partners.other, partners.coefficient, partners.index, partners.begin
+        kind = LISTED if begin is not None else SAME_INDEX if index is None else TARGET
+    tile = row_tile(rows.x.shape[1])
+    gradient_kernel[row_grid(rows.x, tile)](
+        product,
+        factor,
+        rows.x,
+        rows.inverse,
+        other.x,
+        other.inverse,
+        coefficient,
+        index,
+        begin,
+        out,
+        rows.x.shape[0],
+        other.x.shape[0],
+        rows.x.shape[1],
+        factor.stride(0),
+        floor,
+        PARTNER=kind.value,
+        **tile.options(),
+    )
+
+
+def row_grid(x: Tensor, tile: RowTile) -> tuple[int]:
+    return (triton.cdiv(x.shape[0], tile.rows),)

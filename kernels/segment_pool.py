@@ -4,8 +4,14 @@ A program goes through one sequence's segments in order: no atomics, so every ru
 """
 
 # ruff: noqa: N803
+import torch
 import triton
 import triton.language as tl
+from hicl_fast.kernels.tiles import row_tile
+from torch import Tensor
+
+POOL_BLOCK_DIM = 512  # a program's share of the dimensions: 4 a thread
+_POOL_WARPS = 4
 
 
 @triton.jit
@@ -101,3 +107,52 @@ def weights_gradient_kernel(
         h = tl.load(segments_ptr + segment * dim + at, mask=inside, other=0.0).to(SUM_TYPE)
         value = tl.sum(grad * (h - pooled), axis=0) * inverse
         tl.store(weights_grad_ptr + segment, value.to(weights_grad_ptr.dtype.element_ty))
+
+
+def pool_segments(segments: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+    """(S, D), (B + 1,) int64, (S,) -> (B, D) in the segments' type. All contiguous."""
+    num_sequences, dim = offsets.shape[0] - 1, segments.shape[1]
+    pooled = segments.new_empty(num_sequences, dim)
+    if pooled.numel():
+        pool_kernel[_pool_grid(num_sequences, dim)](
+            segments, offsets, weights, pooled, dim, weights is not None, _sum_type(segments, weights),
+            BLOCK_DIM=_pool_block(dim), num_warps=_POOL_WARPS,
+        )  # fmt: skip
+    return pooled
+
+
+def segments_gradient(segments: Tensor, offsets: Tensor, weights: Tensor | None, pooled_grad: Tensor) -> Tensor:
+    """(S, D) in the segments' type, from the pooled rows' gradient (B, D)."""
+    num_sequences, dim = offsets.shape[0] - 1, segments.shape[1]
+    grad = torch.empty_like(segments)
+    if grad.numel():
+        segments_gradient_kernel[_pool_grid(num_sequences, dim)](
+            offsets, weights, pooled_grad, grad, dim, weights is not None, _sum_type(segments, weights),
+            BLOCK_DIM=_pool_block(dim), num_warps=_POOL_WARPS,
+        )  # fmt: skip
+    return grad
+
+
+def weights_gradient(segments: Tensor, offsets: Tensor, weights: Tensor, pooled_grad: Tensor) -> Tensor:
+    """(S,) in the weights' type, from the pooled rows' gradient (B, D)."""
+    grad = torch.empty_like(weights)
+    tile = row_tile(segments.shape[1])
+    if grad.numel():
+        weights_gradient_kernel[(offsets.shape[0] - 1,)](
+            segments, offsets, weights, pooled_grad, grad, segments.shape[1], _sum_type(segments, weights),
+            BLOCK_DIM=tile.dim, num_warps=tile.num_warps,
+        )  # fmt: skip
+    return grad
+
+
+def _sum_type(segments: Tensor, weights: Tensor | None) -> tl.dtype:
+    is_double = segments.dtype == torch.float64 or (weights is not None and weights.dtype == torch.float64)
+    return tl.float64 if is_double else tl.float32
+
+
+def _pool_block(dim: int) -> int:
+    return min(POOL_BLOCK_DIM, row_tile(dim).dim)
+
+
+def _pool_grid(num_sequences: int, dim: int) -> tuple[int, int]:
+    return num_sequences, triton.cdiv(dim, _pool_block(dim))

@@ -14,13 +14,13 @@ import hicl_fast.functional as HF
 from hicl_fast import reference
 from hicl_fast.reference import normalise
 
-pytest.importorskip("triton")  # kernels/launch.py, whose functions these are, imports it
+pytest.importorskip("triton")  # kernels/rows.py, whose functions these are, imports it
 
-from hicl_fast.kernels import launch  # noqa: E402
-from hicl_fast.kernels.launch import Partners, Rows  # noqa: E402
+from hicl_fast.kernels import rows as triton_rows  # noqa: E402
+from hicl_fast.kernels.rows import Partners, Rows  # noqa: E402
 
 from hicl_fast.ops.common import cuda_rows  # noqa: E402
-from hicl_fast.ops.info_nce import triton_operands  # noqa: E402
+from hicl_fast.ops.common import triton as triton_common  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.triton, pytest.mark.usefixtures("emulated")]
 
@@ -278,12 +278,12 @@ def test_the_large_batch_path_over_them(
     from tests.kernels import interpreter_bf16
 
     interpreter_bf16.install()
-    monkeypatch.setattr(triton_operands, "INTERPRETER_KNOWS_BF16", True)
+    monkeypatch.setattr(triton_common, "INTERPRETER_KNOWS_BF16", True)
     large = importlib.import_module("hicl_fast.ops.info_nce.triton")
     monkeypatch.setattr(large, "CHUNK_BYTES", 1)
     monkeypatch.setattr(large, "MIN_CHUNK_ROWS", 1)
     for name in ("normalise", "scale_rows", "positive_similarity", "gradient"):
-        monkeypatch.delattr(launch, name)
+        monkeypatch.delattr(triton_rows, name)
 
     query = rows(40, 24, dtype)
     key = (query.float() + rows(40, 24, seed=1)).to(dtype)

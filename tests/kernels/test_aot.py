@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from hicl_fast.kernels import paradigm, products, rows, segment_pool, similarity  # noqa: E402
+from hicl_fast.kernels import info_nce, paradigm, products, rows, segment_pool  # noqa: E402
 from hicl_fast.kernels.tiles import (  # noqa: E402
     DESCRIBED_TILES,
     EXP,
@@ -41,7 +41,7 @@ OPERANDS = (
     "query",
     "key",
     "exp_out",
-    "slope_out",
+    "gradient_out",
     "x_ptr",
     "y_ptr",
     "unit_ptr",
@@ -60,30 +60,30 @@ INDICES = (
     "order_ptr",
 )
 PLACES = ("nearest_ptr", "column_index_ptr")
-FLOATS = ("own_bias", "amplitude", "floor", "temperature", "parameter")
+FLOATS = ("bias", "amplitude", "floor", "temperature", "parameter")
 
 # With every feature on, a kernel needs the most; plain is what the plain loss runs.
 FEATURES: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "exp, plain": (similarity.exp_kernel, {"SPECIAL": 1, "GROUPS": 0, "WANTS_DOT": False}, EXP),
-    "exp, dot": (similarity.exp_kernel, {"SPECIAL": 1, "GROUPS": 0, "WANTS_DOT": True}, HEAVY_EXP),
-    "exp, own bias": (similarity.exp_kernel, {"SPECIAL": 2, "GROUPS": 0, "WANTS_DOT": False}, HEAVY_EXP),
-    "exp, groups": (similarity.exp_kernel, {"SPECIAL": 1, "GROUPS": 1, "WANTS_DOT": False}, EXP),
-    "exp, groups, dot": (similarity.exp_kernel, {"SPECIAL": 1, "GROUPS": 1, "WANTS_DOT": True}, HEAVY_EXP),
-    "exp, own bias, dot": (similarity.exp_kernel, {"SPECIAL": 2, "GROUPS": 0, "WANTS_DOT": True}, HEAVY_EXP),
-    "statistics": (similarity.statistics_kernel, {"SPECIAL": 1, "GROUPS": 0, "HAS_COLUMNS": False}, STATISTICS),
-    "statistics, symmetric": (similarity.statistics_kernel, {"SPECIAL": 1, "GROUPS": 1, "HAS_COLUMNS": True}, NARROW),
+    "exp, plain": (info_nce.exp_kernel, {"SPECIAL": 1, "GROUPS": 0, "WANTS_DOT": False}, EXP),
+    "exp, dot": (info_nce.exp_kernel, {"SPECIAL": 1, "GROUPS": 0, "WANTS_DOT": True}, HEAVY_EXP),
+    "exp, own bias": (info_nce.exp_kernel, {"SPECIAL": 2, "GROUPS": 0, "WANTS_DOT": False}, HEAVY_EXP),
+    "exp, groups": (info_nce.exp_kernel, {"SPECIAL": 1, "GROUPS": 1, "WANTS_DOT": False}, EXP),
+    "exp, groups, dot": (info_nce.exp_kernel, {"SPECIAL": 1, "GROUPS": 1, "WANTS_DOT": True}, HEAVY_EXP),
+    "exp, own bias, dot": (info_nce.exp_kernel, {"SPECIAL": 2, "GROUPS": 0, "WANTS_DOT": True}, HEAVY_EXP),
+    "statistics": (info_nce.statistics_kernel, {"SPECIAL": 1, "GROUPS": 0, "HAS_COLUMNS": False}, STATISTICS),
+    "statistics, symmetric": (info_nce.statistics_kernel, {"SPECIAL": 1, "GROUPS": 1, "HAS_COLUMNS": True}, NARROW),
     "statistics, positives": (
-        similarity.statistics_kernel,
+        info_nce.statistics_kernel,
         {"SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": False},
         POSITIVES,
     ),
-    "slopes, symmetric": (
-        similarity.slope_kernel,
+    "gradients, symmetric": (
+        info_nce.similarity_gradient_kernel,
         {"SPECIAL": 1, "GROUPS": 1, "HAS_COLUMNS": True, "WANTS_DOT": True},
         NARROW,
     ),
-    "slopes, positives": (
-        similarity.slope_kernel,
+    "gradients, positives": (
+        info_nce.similarity_gradient_kernel,
         {"SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": False, "WANTS_DOT": True},
         NARROW,
     ),
@@ -128,16 +128,16 @@ def _compile_tiled(arch: str, operand: str, kernel: Any, features: dict[str, Any
         sizes = {
             "query": (tile.rows, tile.depth),
             "key": (tile.cols, tile.depth),
-            **dict.fromkeys(("exp_out", "slope_out"), (tile.rows, tile.cols)),
+            **dict.fromkeys(("exp_out", "gradient_out"), (tile.rows, tile.cols)),
         }
         types |= {name: f"tensordesc<{element}[{rows}, {cols}]>" for name, (rows, cols) in sizes.items()}
     return compile_for(arch, kernel, types, constants, tile.num_warps, tile.num_stages)
 
 
 @pytest.mark.parametrize(("arch", "operand"), CONFIGURATIONS)
-def test_similarity_kernels(arch: str, operand: str, table: list[str]) -> None:
+def test_info_nce_kernels(arch: str, operand: str, table: list[str]) -> None:
     names = (
-        list(FEATURES) if operand == "16 bit" else ["exp, groups, dot", "statistics, symmetric", "slopes, symmetric"]
+        list(FEATURES) if operand == "16 bit" else ["exp, groups, dot", "statistics, symmetric", "gradients, symmetric"]
     )
     for name in names:
         kernel, features, use = FEATURES[name]
@@ -153,7 +153,7 @@ def test_similarity_kernels(arch: str, operand: str, table: list[str]) -> None:
     ("arch", "operand", "name"),
     [(a, o, n) for a, o, u in DESCRIBED_TILES if a in TARGETS for n in FEATURES if FEATURES[n][2] == u],
 )
-def test_similarity_kernels_with_descriptors(arch: str, operand: str, name: str, table: list[str]) -> None:
+def test_info_nce_kernels_with_descriptors(arch: str, operand: str, name: str, table: list[str]) -> None:
     kernel, features, use = FEATURES[name]
     compiled = _compile_tiled(arch, operand, kernel, features, DESCRIBED_TILES[arch, operand, use])
     _check(arch, operand, f"{name} *", resources_of(compiled), table)
@@ -232,20 +232,20 @@ ALONE = {
     "num_others": 1,
     "dim": 1,
     "exp_stride": 1,
-    "slope_stride": 1,
+    "gradient_stride": 1,
     "weights_stride": 1,
     "first_own": 1,
     "factor_stride": 1,
 }
 LEFT_OUT = {
-    "exp": (similarity.exp_kernel, {"SPECIAL": 0, "GROUPS": 0, "WANTS_DOT": False}, ["special_ptr"]),
+    "exp": (info_nce.exp_kernel, {"SPECIAL": 0, "GROUPS": 0, "WANTS_DOT": False}, ["special_ptr"]),
     "statistics": (
-        similarity.statistics_kernel,
+        info_nce.statistics_kernel,
         {"SPECIAL": 1, "GROUPS": 0, "HAS_COLUMNS": False},
         ["column_partials_ptr"],
     ),
-    "slopes": (
-        similarity.slope_kernel,
+    "gradients": (
+        info_nce.similarity_gradient_kernel,
         {"SPECIAL": 1, "GROUPS": 0, "HAS_COLUMNS": False, "WANTS_DOT": False},
         ["column_offset_ptr", "column_factor_ptr", "positives_share_ptr"],
     ),

@@ -24,12 +24,12 @@ TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Chunks of one row tile, so that 33 rows make two, and bfloat16 as on a GPU."""
+    from hicl_fast.ops.common import triton
     from hicl_fast.ops.info_nce import triton as triton_info_nce
-    from hicl_fast.ops.info_nce import triton_operands
     from tests.kernels import interpreter_bf16
 
     interpreter_bf16.install()
-    monkeypatch.setattr(triton_operands, "INTERPRETER_KNOWS_BF16", True)
+    monkeypatch.setattr(triton, "INTERPRETER_KNOWS_BF16", True)
     monkeypatch.setattr(triton_info_nce, "CHUNK_BYTES", 1)
     monkeypatch.setattr(triton_info_nce, "MIN_CHUNK_ROWS", 1)
     return triton_info_nce

@@ -16,7 +16,7 @@ import hicl_fast.functional as HF
 
 pytest.importorskip("triton")
 
-from hicl_fast.kernels import launch  # noqa: E402
+from hicl_fast.kernels import cosine_tile, info_nce, rows  # noqa: E402
 
 from hicl_fast.ops.backends import registry  # noqa: E402
 from hicl_fast.ops.info_nce import triton as triton_info_nce  # noqa: E402
@@ -87,10 +87,10 @@ def cost(monkeypatch: pytest.MonkeyPatch) -> Cost:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return lambda *_, num_rows=0, num_cols=0, dim=0, **__: counted.run(num_rows, num_cols, dim)
 
-    for module in (launch._rows, launch._similarity, launch._info_nce_rows):
+    for module in (rows, info_nce):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Kernel())
-    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(cosine_tile, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(registry, "choose", lambda *call: "triton")
     monkeypatch.setattr(
         "hicl_fast.ops.info_nce.operator.without_autocast", lambda device_type: contextlib.nullcontext()

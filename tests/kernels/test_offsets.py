@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from hicl_fast.kernels import hard_negatives, mixed_negatives, paradigm, rows, segment_pool, similarity  # noqa: E402
+from hicl_fast.kernels import hard_negatives, info_nce, mixed_negatives, paradigm, rows, segment_pool  # noqa: E402
 from hicl_fast.kernels.hard_negatives import hard_negatives_tile  # noqa: E402
 from hicl_fast.kernels.tiles import NARROW, similarity_tile  # noqa: E402
 
@@ -78,9 +78,12 @@ MIXED = {
 }
 HARDEST = {**hard_negatives_tile("sm_90", "16 bit", 10).options(), "PRECISION": "ieee", "DESCRIBED": False, "KEPT": 16}
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "exp": (similarity.exp_kernel, {**TILED, "SPECIAL": 2, "GROUPS": 1, "WANTS_DOT": True}),
-    "statistics": (similarity.statistics_kernel, {**TILED, "SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": True}),
-    "slopes": (similarity.slope_kernel, {**TILED, "SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": True, "WANTS_DOT": True}),
+    "exp": (info_nce.exp_kernel, {**TILED, "SPECIAL": 2, "GROUPS": 1, "WANTS_DOT": True}),
+    "statistics": (info_nce.statistics_kernel, {**TILED, "SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": True}),
+    "gradients": (
+        info_nce.similarity_gradient_kernel,
+        {**TILED, "SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": True, "WANTS_DOT": True},
+    ),
     "normalise": (rows.normalise_kernel, {**ROW, "WRITES_UNIT": True, "WRITES_OPERAND": True}),
     "scale rows": (rows.scale_rows_kernel, ROW),
     "positive": (rows.positive_kernel, ROW),

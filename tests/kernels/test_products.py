@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from hicl_fast.kernels import launch  # noqa: E402
+from hicl_fast.kernels import products  # noqa: E402
+from hicl_fast.kernels.products import product  # noqa: E402
 
 from hicl_fast.ops.info_nce import triton_products  # noqa: E402
 
@@ -22,14 +23,14 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_product(n: int, k: int, m: int) -> None:
     a, b, onto = draw(n, k), draw(k, m, seed=1), draw(n, m, seed=2)
     exact = a.double() @ b.double()
-    torch.testing.assert_close(launch.product(a, b).double(), exact, rtol=1e-5, atol=1e-5)
-    transposed = launch.product(*(x.T.clone(memory_format=torch.contiguous_format).T for x in (a, b, onto)))
+    torch.testing.assert_close(product(a, b).double(), exact, rtol=1e-5, atol=1e-5)
+    transposed = product(*(x.T.clone(memory_format=torch.contiguous_format).T for x in (a, b, onto)))
     torch.testing.assert_close(transposed.double(), exact + onto.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_it_is_taken_where_the_librarys_would_be_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    monkeypatch.setattr(launch, "product", lambda a, b, onto=None: taken.append(a) or a @ b)
+    monkeypatch.setattr(products, "product", lambda a, b, onto=None: taken.append(a) or a @ b)
     a, b = draw(4, 5), draw(5, 6, seed=1)
     for setting, precision, is_own in (
         ("ieee", "ieee", False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -10,6 +11,8 @@ import torch
 
 from hicl_fast.ops.backends.contract import BackendStatus, Call
 
+_KERNELS = ("info_nce", "hard_negatives", "mixed_negatives", "segment_pool", "paradigm")
+
 
 def status() -> BackendStatus:
     if importlib.util.find_spec("triton") is None:
@@ -17,10 +20,11 @@ def status() -> BackendStatus:
     if not _interpreting() and not torch.cuda.is_available():
         return _missing("PyTorch sees no GPU")
     try:
-        from hicl_fast.kernels import launch
+        for kernels in _KERNELS:
+            importlib.import_module(f"hicl_fast.kernels.{kernels}")
     except ImportError as error:
         return _missing(f"the kernels don't load: {error}")
-    where = "interpreter, on the CPU" if launch.INTERPRETING else torch.cuda.get_device_name()
+    where = "interpreter, on the CPU" if _interpreting() else torch.cuda.get_device_name()
     return BackendStatus("triton", True, "", f"Triton {importlib.metadata.version('triton')}, {where}")
 
 

@@ -1,11 +1,11 @@
-"""What the large-batch path does row by row, through csrc/cuda/rows.cpp: functions of kernels/launch.py over other kernels."""
+"""What the large-batch path does row by row, through csrc/cuda/rows.cpp: the functions of kernels/rows.py over other kernels."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from hicl_fast.kernels.launch import Partners, Rows
+from hicl_fast.kernels.rows import Partners, Rows
 
 _operators = torch.ops.hicl_fast_cuda
 

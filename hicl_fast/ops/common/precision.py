@@ -6,6 +6,7 @@ all threads: they are read, and never set. Where a call wants more than they giv
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
@@ -27,6 +28,14 @@ def float32_products(device_type: str) -> str:
     else:
         asked = "none"
     return "ieee" if asked in _EXACT else asked
+
+
+def operand_type(precision: str, *inputs: Tensor | None) -> torch.dtype:
+    """The type that a GPU's kernels multiply the inputs in, for a call's ``precision``."""
+    if precision == "float32":
+        return torch.float32
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in inputs if x is not None))
+    return torch.bfloat16 if precision == "bf16" and dtype == torch.float32 else dtype
 
 
 def with_exact_products(problem: Problem) -> Problem:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hicl_fast.kernels import launch
-from hicl_fast.kernels.hard_negatives import NO_VALUE
-from hicl_fast.ops.common.constants import NORM_FLOOR
-from hicl_fast.ops.common.device import on_device
-from hicl_fast.ops.info_nce.problem import Problem
-from hicl_fast.ops.info_nce.triton_operands import operand_type
+from hicl_fast.kernels.hard_negatives import NO_VALUE, hardest
+from hicl_fast.kernels.rows import normalise
+from hicl_fast.ops.common.constants import NORM_FLOOR, Groups, Special
+from hicl_fast.ops.common.triton import multiplied_as, on_device
+from hicl_fast.ops.info_nce.problem import Columns
 
 _LOW = 0xFFFFFFFF
 _LARGEST = 0x7FFFFFFF
@@ -25,21 +24,22 @@ def forward(
     key_group: Tensor | None,  # (M,) int64
     exclude_target: bool,
 ) -> tuple[Tensor, Tensor]:  # (N, k), (N, k) int64
-    dtype, precision = operand_type(_products_of(query, key))
+    dtype, precision = multiplied_as("default", query, key)
     if exclude_target and target is None:
         target = torch.arange(query.shape[0], device=query.device)
     with on_device(query):
-        rows, vectors = (launch.normalise(x.to(dtype).contiguous(), NORM_FLOOR) for x in (query, key))
-        columns = launch.Columns(
-            vectors,
-            special=launch.POSITIVE if exclude_target else launch.NOTHING,
-            special_column=None if target is None else target.contiguous(),
-            own_bias=0.0,
-            groups=launch.ORDINARY if key_group is None else launch.EXCLUDED,
-            query_group=None if query_group is None else query_group.contiguous(),
-            key_group=None if key_group is None else key_group.contiguous(),
-        )
-        return _unpacked(launch.hardest(rows, columns, k, precision=precision))
+        queries, keys = (normalise(x.to(dtype).contiguous(), NORM_FLOOR) for x in (query, key))
+        columns = Columns(
+            "key",
+            key,
+            wants_gradient=False,
+            special=Special.POSITIVE if exclude_target else Special.NOTHING,
+            special_column=target,
+            groups=Groups.ORDINARY if key_group is None else Groups.EXCLUDED,
+            query_group=query_group,
+            group=key_group,
+        ).contiguous()
+        return _unpacked(hardest(queries, keys, columns, k, precision))
 
 
 def _unpacked(keys: Tensor) -> tuple[Tensor, Tensor]:  # (N, k) int64 -> (N, k) float32, (N, k) int64
@@ -48,8 +48,3 @@ def _unpacked(keys: Tensor) -> tuple[Tensor, Tensor]:  # (N, k) int64 -> (N, k) 
     index = _LARGEST - (keys & _LOW)
     missing = rising == NO_VALUE
     return similarity.masked_fill(missing, -torch.inf), index.masked_fill(missing, -1)
-
-
-def _products_of(query: Tensor, key: Tensor) -> Problem:
-    """A problem of these operands and nothing else, in the precision that PyTorch's own products have."""
-    return Problem(query, key, scale=torch.ones(()))

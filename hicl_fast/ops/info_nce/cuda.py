@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hicl_fast.ops.common.precision import operand_type
 from hicl_fast.ops.info_nce.problem import Gradients, Problem, RowStatistics, Wanted
 
 
@@ -25,7 +26,7 @@ def backward(
 def _run(
     problem: Problem, row_weight: float, loss_grad: Tensor | None, wanted: Wanted
 ) -> tuple[RowStatistics, Gradients]:
-    dtype = _operand_type(problem)
+    dtype = operand_type(problem.precision, problem.query, problem.key, problem.negatives)  # float32 never becomes TF32
 
     def ready(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().to(dtype).contiguous()
@@ -58,12 +59,3 @@ def _run(
 @functools.cache
 def _operator() -> Callable[..., tuple[Tensor, ...]]:
     return torch.ops.hicl_fast_cuda.small_info_nce.default
-
-
-def _operand_type(problem: Problem) -> torch.dtype:
-    """The type that similarities and gradients are multiplied in; float32 is never rounded to TF32."""
-    if problem.precision == "float32":
-        return torch.float32
-    inputs = (problem.query, problem.key, problem.negatives)
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in inputs if x is not None))
-    return torch.bfloat16 if problem.precision == "bf16" and dtype == torch.float32 else dtype

@@ -6,7 +6,7 @@ kernels, and the calls of the reference and of other ranks' blocks follow from i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -102,6 +102,12 @@ class Columns:
     @property
     def count(self) -> int:
         return self.vectors.shape[0]
+
+    def contiguous(self) -> Columns:
+        """The same, its rules' tensors contiguous, as kernels take them."""
+        rules = (self.special_column, self.query_group, self.group)
+        special_column, query_group, group = (None if x is None else x.contiguous() for x in rules)
+        return replace(self, special_column=special_column, query_group=query_group, group=group)
 
 
 def _tensor(shape: str, *, optional: bool = False) -> Any:

@@ -42,7 +42,7 @@ class _Chunk:
     target: Tensor  # (R,)
     positive: Tensor  # (R,) the positive's similarity
     positive_logit: Tensor  # (R,) with the margin
-    margin_slope: Tensor | float  # (R,) derivative of the positive's (margin-adjusted) similarity
+    margin_derivative: Tensor | float  # (R,) derivative of the positive's (margin-adjusted) similarity
     further_positives: list[tuple[_Kind, Tensor]]  # (R, C) bool of a kind's columns: positives beside the target
     num_positives: Tensor | float  # (R,)
     shift: Tensor | float  # (R,) positive_logit minus the mean logit of all positives
@@ -220,7 +220,7 @@ class _Sweep:
         similarity_grad = logits_grad[:, : self.num_similarities]  # up to the scale
         if wanted.scale:
             self._accumulate_scale(chunk, similarity_grad, target_grad)
-        similarity_grad.scatter_(1, chunk.target[:, None], (target_grad * chunk.margin_slope)[:, None])
+        similarity_grad.scatter_(1, chunk.target[:, None], (target_grad * chunk.margin_derivative)[:, None])
         self._accumulate_products(rows, similarity_grad.mul_(self.scale))
 
     def _full_column_lse(self, column_lse: Tensor) -> Tensor:

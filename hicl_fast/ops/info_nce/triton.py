@@ -1,4 +1,4 @@
-"""InfoNCE through kernels/similarity.py: a chunk of rows of exponentials is the largest thing there ever is.
+"""InfoNCE through kernels/info_nce.py: a chunk of rows of exponentials is the largest thing there ever is.
 
 Where the host knows that no exponential leaves float32's range, one sweep does it: E = exp(ℓ − offset) is stored, and
 since ∂loss/∂s = v ⊙ E with v a factor by row, both gradients are library products with v moved to the small operand
@@ -18,15 +18,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hicl_fast.kernels import launch
-from hicl_fast.kernels.launch import RowResults
+from hicl_fast.kernels import info_nce as kernels
+from hicl_fast.kernels.cosine_tile import Similarities, tile_for
+from hicl_fast.kernels.info_nce import RowResults
 from hicl_fast.kernels.tiles import EXP, HEAVY_EXP, NARROW, POSITIVES, STATISTICS, Tile
-from hicl_fast.ops.common.device import on_device
+from hicl_fast.ops.common.constants import Special
+from hicl_fast.ops.common.triton import on_device
 from hicl_fast.ops.info_nce.problem import Gradients, Problem, RowStatistics, Wanted
 from hicl_fast.ops.info_nce.triton_operands import Operands
 from hicl_fast.ops.info_nce.triton_products import InputGradients
 
-CHUNK_BYTES = 1 << 30  # of stored slopes, unless that makes chunks too low
+CHUNK_BYTES = 1 << 30  # of stored gradients of the similarities, unless that makes chunks too low
 MIN_CHUNK_ROWS = 2048  # below that, reading and writing dK̂ once a chunk takes longer than its product
 MOST_CHUNK_BYTES = 4 << 30  # never more, but for a single tile's rows: 2048 rows of a million 16-bit columns
 _ALIGNMENT = 64  # columns; the library's fast products want rows that begin at a multiple of 16 bytes
@@ -58,13 +60,12 @@ def backward(
 @contextlib.contextmanager
 def _running(problem: Problem, wanted: Wanted) -> Iterator[_Sweeps]:
     with on_device(problem.query):
-        operands = Operands(problem, for_query_gradient=wanted.query)
-        yield _Sweeps(operands, wanted)
+        yield _Sweeps(Operands(problem, wanted))
 
 
 @dataclass
-class _Slopes:
-    """How the second sweep's ∂loss/∂s is stored: multiplied by 1 / row_factor for the rows' gradients."""
+class _Stored:
+    """How the second sweep stores ∂loss/∂s: multiplied by 1 / row_factor for the rows' gradients."""
 
     row_factor: Tensor  # (N,)
     query_factor: Tensor  # (N,) of the unit query rows in the columns' product
@@ -87,16 +88,16 @@ class _Tiling:
 
 
 class _Sweeps:
-    def __init__(self, operands: Operands, wanted: Wanted) -> None:
-        self.operands, self.wanted = operands, wanted
+    def __init__(self, operands: Operands) -> None:
+        self.operands, self.wanted = operands, operands.wanted
         self.problem, self.scale = operands.problem, operands.scale
-        has_own = any(columns.special == launch.OWN_NEGATIVE for columns in operands.columns)
+        has_own = any(kind.rules.special == Special.OWN_NEGATIVE for kind in operands.kinds)
         self.exp = self._tiling(HEAVY_EXP if has_own or self.wanted.scale else EXP)
         self.sums = self._tiling(
             NARROW if self.problem.symmetric else POSITIVES if operands.has_several_positives else STATISTICS
         )
-        self.slopes = self._tiling(NARROW)
-        self.widths = [-(-columns.count // _ALIGNMENT) * _ALIGNMENT for columns in operands.columns]
+        self.narrow = self._tiling(NARROW)
+        self.widths = [-(-kind.count // _ALIGNMENT) * _ALIGNMENT for kind in operands.kinds]
         extra = self.problem.extra_logits
         # −inf leaves a column out; +inf is as little a logit as NaN.
         extra = None if extra is None else extra.detach().to(torch.float32)
@@ -104,9 +105,9 @@ class _Sweeps:
 
     def _tiling(self, use: str) -> _Tiling:
         operands = self.operands
-        multiplied = [operands.query.operand, *(columns.vectors.operand for columns in operands.columns)]
-        tile = launch.tile_for(multiplied, operands.precision, use)
-        ends = list(itertools.accumulate(-(-columns.count // tile.cols) for columns in operands.columns))
+        multiplied = [operands.query.operand, *(kind.vectors.operand for kind in operands.kinds)]
+        tile = tile_for(multiplied, operands.precision, use)
+        ends = list(itertools.accumulate(-(-kind.count // tile.cols) for kind in operands.kinds))
         return _Tiling(tile, [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)])
 
     @property
@@ -134,43 +135,50 @@ class _Sweeps:
     def once(self, row_weight: float, offset: float) -> tuple[RowStatistics, Gradients]:
         operands, scale = self.operands, self.scale
         of_rows = RowResults.unknown(operands.positive, wants_scale=self.wanted.scale)
-        margin_slope = operands.margin_slope if isinstance(operands.margin_slope, Tensor) else None
-        gradients = InputGradients(operands, self.wanted)
+        derivative = operands.margin_derivative if isinstance(operands.margin_derivative, Tensor) else None
+        gradients = InputGradients(operands)
         offsets = torch.full_like(operands.positive, offset)
-        slopes_buffer = self._slopes_buffer()
+        buffers = self._buffers()
         for rows in self.chunks():
-            slopes, partials = self._exponentials(rows, offsets, slopes_buffer, amplitude=1.0)
-            launch.exp_rows(
-                partials, operands.with_margin[rows], None if margin_slope is None else margin_slope[rows],
+            stored, partials = self._exponentials(rows, offsets, buffers, amplitude=1.0)
+            kernels.exp_rows(
+                partials, operands.with_margin[rows], None if derivative is None else derivative[rows],
                 scale, offset, row_weight, rows, of_rows,
             )  # fmt: skip
             row_factor = of_rows.factor[rows]
             scaled_query = operands.row_kernels.scale_rows(operands.query[rows], row_factor)
-            gradients.add(rows, slopes, row_factor, scaled_query, of_rows.coefficient[rows])
+            gradients.add(rows, stored, row_factor, scaled_query, of_rows.coefficient[rows])
 
         loss = of_rows.loss
         statistics = RowStatistics(loss, of_rows.negative_lse, loss.new_empty(0), operands.positive, of_rows.hardest)
         columns = gradients.columns(torch.ones_like(scale), of_rows.coefficient)
-        scale_grad = scale if of_rows.scale_slope is None else of_rows.scale_slope.sum()
-        return statistics, self._gradients(gradients.query, *columns, loss.new_empty(0), scale_grad)
+        scale_grad = None if of_rows.scale_gradient is None else of_rows.scale_gradient.sum()
+        return statistics, self._gradients(query=gradients.query, scale=scale_grad, **columns)
 
     def _exponentials(
         self, rows: slice, offset: Tensor, buffers: list[Tensor], amplitude: float
     ) -> tuple[list[Tensor], Tensor]:
         """The chunk's exponentials by kind of column, and their sums (3, column tiles, R)."""
-        query = self.operands.query[rows]
-        num_rows = query.x.shape[0]
-        partials = self.scale.new_empty(len(launch.EXP_PLANES), self.exp.num_column_tiles, num_rows)
-        stored = []
-        for columns, buffer, tiles in zip(self.operands.columns, buffers, self.exp.columns, strict=True):
-            out = buffer[:num_rows, : columns.count]
-            stored.append(out)
-            if columns.count:
-                launch.exp_similarities(
-                    query, columns, self.exp.tile, rows, self.scale, offset[rows], out, partials[:, tiles],
-                    amplitude=amplitude, wants_dot=self.wanted.scale, precision=self.operands.precision,
-                )  # fmt: skip
+        partials = self.scale.new_empty(len(kernels.EXP_PLANES), self.exp.num_column_tiles, rows.stop - rows.start)
+        stored = self._places(rows, buffers)
+        for i, similarities, tiles in self._launches(rows, self.exp):
+            kernels.exp_similarities(
+                similarities, self.scale, offset[rows], stored[i], partials[:, tiles],
+                amplitude=amplitude, wants_dot=self.wanted.scale,
+            )  # fmt: skip
         return stored, partials
+
+    def _launches(self, rows: slice, tiling: _Tiling) -> Iterator[tuple[int, Similarities, slice]]:
+        """A chunk against each kind of column that has any: which, what is launched, and its column tiles."""
+        query, precision = self.operands.query[rows], self.operands.precision
+        for i, (kind, tiles) in enumerate(zip(self.operands.kinds, tiling.columns, strict=True)):
+            if kind.count:
+                yield i, Similarities(query, kind.vectors, kind.rules, rows, tiling.tile, precision), tiles
+
+    def _places(self, rows: slice, buffers: list[Tensor]) -> list[Tensor]:
+        """Where the chunk's gradients go, (R, C) for each kind of column."""
+        num_rows = rows.stop - rows.start
+        return [buffer[:num_rows, : kind.count] for buffer, kind in zip(buffers, self.operands.kinds, strict=True)]
 
     # --- two sweeps --------------------------------------------------------------------------------------------------
 
@@ -179,10 +187,10 @@ class _Sweeps:
         operands, problem = self.operands, self.problem
         negative_lse, hardest = torch.empty_like(operands.positive), torch.empty_like(operands.positive)
         shift = torch.empty_like(operands.positive)
-        column_lse = negative_lse.new_full((operands.columns[0].count if problem.symmetric else 0,), -torch.inf)
+        column_lse = negative_lse.new_full((operands.keys.count if problem.symmetric else 0,), -torch.inf)
         for rows in self.chunks():
             partials, column_partials = self._statistics_of(rows)
-            plane = dict(zip(launch.STATISTICS_PLANES, partials, strict=True))
+            plane = dict(zip(kernels.STATISTICS_PLANES, partials, strict=True))
             negative_lse[rows] = _log_sum(plane["exp_sum"], plane["max"])
             hardest[rows] = plane["hardest"].amax(dim=0)
             if operands.has_several_positives:
@@ -201,31 +209,26 @@ class _Sweeps:
 
     def _statistics_of(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Sums by row (4, column tiles, R), and by column (2, row tiles, M) if the loss is symmetric."""
-        query = self.operands.query[rows]
-        num_rows = query.x.shape[0]
+        num_rows = rows.stop - rows.start
         tiling, by_column = self.sums, None
         if self.problem.symmetric:
             row_tiles = -(-num_rows // tiling.tile.rows)
-            by_column = self.scale.new_empty(2, row_tiles, self.operands.columns[0].count)
-        partials = self.scale.new_empty(len(launch.STATISTICS_PLANES), tiling.num_column_tiles, num_rows)
-        for columns, tiles in zip(self.operands.columns, tiling.columns, strict=True):
-            if columns.count:
-                launch.similarity_statistics(
-                    query, columns, tiling.tile, rows, self.scale, self.operands.positive_logit[rows],
-                    partials[:, tiles], by_column, precision=self.operands.precision,
-                )  # fmt: skip
+            by_column = self.scale.new_empty(2, row_tiles, self.operands.keys.count)
+        partials = self.scale.new_empty(len(kernels.STATISTICS_PLANES), tiling.num_column_tiles, num_rows)
+        positive_logit = self.operands.positive_logit[rows]
+        for _, similarities, tiles in self._launches(rows, tiling):
+            kernels.statistics(similarities, self.scale, positive_logit, partials[:, tiles], by_column)
         return partials, by_column
 
     def gradients(self, negative_lse: Tensor, column_lse: Tensor, weight: Tensor) -> Gradients:
         """The second sweep, with the rows' weights in the loss, (N,)."""
         operands, scale, problem = self.operands, self.scale, self.problem
         lse = torch.logaddexp(negative_lse, operands.positive_logit)
-        extra_grad = scale.new_empty(0)
+        extra_grad = None
         if self.wanted.extra_logits and self.extra_logits is not None:
             extra_grad = (self.extra_logits - lse[:, None]).exp_() * weight[:, None]
         if not (self.wanted.query or self.wanted.key or self.wanted.negatives or self.wanted.scale):
-            nothing = (scale.new_empty(0) for _ in range(4))
-            return self._gradients(next(nothing), next(nothing), next(nothing), extra_grad, next(nothing))
+            return self._gradients(extra_logits=extra_grad)
 
         negative_weight = (negative_lse - lse).exp_().mul_(weight)
         target_weight = -negative_weight  # ∂loss/∂ℓ at the target
@@ -240,42 +243,43 @@ class _Sweeps:
             how = self._summed((negative_lse, negative_weight * scale), None, share)
         else:
             how = self._factored(negative_weight * scale)
-        coefficient = target_weight * scale * operands.margin_slope
+        coefficient = target_weight * scale * operands.margin_derivative
 
-        gradients = InputGradients(operands, self.wanted)
+        gradients = InputGradients(operands)
         scale_grad = (target_weight * operands.with_margin).sum().reshape(1)
-        buffers = self._slopes_buffer()
+        buffers = self._buffers()
         for rows in self.chunks():
-            slopes, dot = self._slopes_of(rows, how, negative_lse, buffers)
+            stored, dot = self._similarity_gradients(rows, how, negative_lse, buffers)
             if self.wanted.scale:
                 scale_grad += (how.row_factor[rows] * dot.sum(dim=0)).sum() / scale
             query = operands.query[rows]
             scaled_query = operands.row_kernels.scale_rows(query, how.query_factor[rows])
-            gradients.add(rows, slopes, how.row_factor[rows], scaled_query, coefficient[rows])
+            gradients.add(rows, stored, how.row_factor[rows], scaled_query, coefficient[rows])
         columns = gradients.columns(how.column_factor, coefficient)
-        return self._gradients(gradients.query, *columns, extra_grad, scale_grad)
+        scale_gradient = scale_grad if self.wanted.scale else None
+        return self._gradients(query=gradients.query, extra_logits=extra_grad, scale=scale_gradient, **columns)
 
-    def _factored(self, factor: Tensor) -> _Slopes:
+    def _factored(self, factor: Tensor) -> _Stored:
         """What is stored is exp(ℓ − negative_lse), at most 1; ``factor`` (N,) makes ∂loss/∂s of it."""
         if self.operands.dtype != torch.float16:
-            return _Slopes(factor, factor, torch.ones_like(self.scale))
+            return _Stored(factor, factor, torch.ones_like(self.scale))
         largest = factor.abs().amax().clamp_min(torch.finfo(torch.float32).tiny * _FLOAT16_AMPLITUDE**2)
         to_fill = _FLOAT16_AMPLITUDE / largest
-        return _Slopes(factor / _FLOAT16_AMPLITUDE, factor * to_fill, largest.reshape(1) / _FLOAT16_AMPLITUDE**2)
+        return _Stored(factor / _FLOAT16_AMPLITUDE, factor * to_fill, largest.reshape(1) / _FLOAT16_AMPLITUDE**2)
 
     def _summed(
         self, by_row: tuple[Tensor, Tensor], by_column: tuple[Tensor, Tensor] | None, positives_share: Tensor | None
-    ) -> _Slopes:
+    ) -> _Stored:
         """What is stored is ∂loss/∂s itself, since it is a sum; in float16, scaled by its bound."""
         ones = torch.ones_like(by_row[1])
         if self.operands.dtype != torch.float16:
-            return _Slopes(ones, ones, torch.ones_like(self.scale), by_column, by_row, positives_share)
+            return _Stored(ones, ones, torch.ones_like(self.scale), by_column, by_row, positives_share)
         terms = [by_row[1], positives_share, None if by_column is None else by_column[1]]
         bound = torch.stack([x.abs().amax() for x in terms if x is not None]).sum()
         bound = bound.clamp_min(torch.finfo(torch.float32).tiny * _FLOAT16_AMPLITUDE)
         to_fill = _FLOAT16_AMPLITUDE / bound
         undo = bound.reshape(1) / _FLOAT16_AMPLITUDE
-        return _Slopes(
+        return _Stored(
             undo.expand_as(ones),
             ones,
             undo,
@@ -284,43 +288,41 @@ class _Sweeps:
             None if positives_share is None else positives_share * to_fill,
         )
 
-    def _slopes_of(
-        self, rows: slice, how: _Slopes, negative_lse: Tensor, buffers: list[Tensor]
+    def _similarity_gradients(
+        self, rows: slice, how: _Stored, negative_lse: Tensor, buffers: list[Tensor]
     ) -> tuple[list[Tensor], Tensor]:
-        """The chunk's slopes by kind of column, and Σ s · slope (column tiles, R)."""
+        """The chunk's stored gradients by kind of column, and Σ s · what is stored (column tiles, R)."""
         if how.by_row is None:
             amplitude = _FLOAT16_AMPLITUDE if self.operands.dtype == torch.float16 else 1.0
             stored, partials = self._exponentials(rows, negative_lse, buffers, amplitude)
-            return stored, partials[launch.EXP_PLANES.index("dot")] * amplitude
-        query = self.operands.query[rows]
-        num_rows = query.x.shape[0]
-        dot = self.scale.new_empty(self.slopes.num_column_tiles, num_rows)
-        stored = []
-        for i, (columns, tiles) in enumerate(zip(self.operands.columns, self.slopes.columns, strict=True)):
-            out = buffers[i][:num_rows, : columns.count]
-            stored.append(out)
-            if columns.count:
-                launch.similarity_slopes(
-                    query, columns, self.slopes.tile, rows, self.scale,
-                    (how.by_row[0][rows], how.by_row[1][rows]), how.by_column,
-                    None if how.positives_share is None else how.positives_share[rows],
-                    out, dot[tiles], wants_dot=self.wanted.scale, precision=self.operands.precision,
-                )  # fmt: skip
+            return stored, partials[kernels.EXP_PLANES.index("dot")] * amplitude
+        stored = self._places(rows, buffers)
+        dot = self.scale.new_empty(self.narrow.num_column_tiles, rows.stop - rows.start)
+        by_row = (how.by_row[0][rows], how.by_row[1][rows])
+        share = None if how.positives_share is None else how.positives_share[rows]
+        for i, similarities, tiles in self._launches(rows, self.narrow):
+            kernels.similarity_gradients(
+                similarities, self.scale, by_row, how.by_column, share, stored[i], dot[tiles],
+                wants_dot=self.wanted.scale,
+            )  # fmt: skip
         return stored, dot
 
     # --- both --------------------------------------------------------------------------------------------------------
 
-    def _slopes_buffer(self) -> list[Tensor]:
+    def _buffers(self) -> list[Tensor]:
         chunks = self.chunks()
         num_rows = chunks[0].stop
         return [self.operands.query.x.new_empty(num_rows, width) for width in self.widths]
 
-    def _gradients(self, query: Tensor, key: Tensor, negatives: Tensor, extra: Tensor, scale: Tensor) -> Gradients:
-        return Gradients(query, key, negatives, extra, scale.reshape(()) if self.wanted.scale else scale.new_empty(0))
+    def _gradients(self, *, scale: Tensor | None = None, **found: Tensor | None) -> Gradients:
+        """Those that were found, by name, and an empty tensor for each of the others."""
+        found["scale"] = None if scale is None else scale.reshape(())
+        nothing = self.scale.new_empty(0)
+        return Gradients(*(nothing if (x := found.get(name)) is None else x for name in Gradients._fields))
 
 
 def chunk_rows(row_bytes: int, tile_rows: int) -> int:
-    """How many rows are swept at a time where a row's slopes take ``row_bytes``: whole tiles, at least one."""
+    """How many rows are swept at a time where a row's stored gradients take ``row_bytes``: whole tiles, at least one."""
     num_rows = max(CHUNK_BYTES // row_bytes, min(MIN_CHUNK_ROWS, MOST_CHUNK_BYTES // row_bytes))
     return max(num_rows // tile_rows, 1) * tile_rows
 

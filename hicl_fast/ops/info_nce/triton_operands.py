@@ -4,66 +4,61 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hicl_fast.kernels import launch
-from hicl_fast.kernels.launch import Columns, Rows
-from hicl_fast.ops.common.constants import ANGLE_CLAMP, NORM_FLOOR
+from hicl_fast.kernels.rows import Rows
+from hicl_fast.ops.common.constants import ANGLE_CLAMP, NORM_FLOOR, Groups, Special
 from hicl_fast.ops.common.numbers import scale_on
-from hicl_fast.ops.common.precision import float32_products
 from hicl_fast.ops.common.row_kernels import row_kernels
-from hicl_fast.ops.info_nce.problem import Problem
+from hicl_fast.ops.common.triton import multiplied_as
+from hicl_fast.ops.info_nce.problem import Columns, Problem, Wanted
 
-# Triton's interpreter multiplies bfloat16 as if its bits were integers; the tests mend it, and say so here.
-INTERPRETER_KNOWS_BF16 = False
 
-_GROUPS = {"exclude": launch.EXCLUDED, "negative": launch.ORDINARY, "positive": launch.POSITIVES}
+@dataclass(frozen=True)
+class Kind:
+    """A kind of column made ready."""
+
+    rules: Columns
+    vectors: Rows  # (C, D)
+    unit: Tensor | None  # (C, D) the unit rows, where the query's gradient is wanted
+
+    @property
+    def count(self) -> int:
+        return self.rules.count
 
 
 class Operands:
     """The problem's tensors as the kernels take them."""
 
-    def __init__(self, problem: Problem, *, for_query_gradient: bool) -> None:
+    def __init__(self, problem: Problem, wanted: Wanted) -> None:
         device = problem.query.device
-        self.problem = problem
-        self.dtype, self.precision = operand_type(problem)
+        self.problem, self.wanted = problem, wanted
+        self.dtype, self.precision = multiplied_as(
+            problem.precision, problem.query, problem.key, problem.negatives, problem.bank
+        )
         self.row_kernels = row_kernels(device)
         self.scale = scale_on(problem.scale, device, torch.float32).reshape(1)
         self.query, _ = self._ready(problem.query, wants_unit=False)
         self.num_rows = problem.query.shape[0]
-        rows = torch.arange(self.num_rows, device=device)
-        self.target = rows if problem.target is None else problem.target.contiguous()
-        self.columns: list[Columns] = []
-        self.units: list[Tensor | None] = []  # the columns' unit rows, where the query's gradient is wanted
-        self._add_keys(problem, for_query_gradient)
-        own = rows if problem.hard_negative_weight else None
-        self._add(problem.negatives, for_query_gradient, own, problem.hard_negative_weight)
-        self._add(problem.bank, for_query_gradient)
+        self.same_index = torch.arange(self.num_rows, device=device)
+        self.kinds = [self._kind(columns) for columns in problem.columns(wanted)]
+        self.keys = self.kinds[0]
+        assert self.keys.rules.special_column is not None
+        self.target = self.keys.rules.special_column
 
-        self.positive = self.row_kernels.positive_similarity(self.query, self.columns[0].vectors, self.target)  # (N,)
-        self.with_margin, self.margin_slope = _with_margin(self.positive, problem.margin)
+        self.positive = self.row_kernels.positive_similarity(self.query, self.keys.vectors, self.target)  # (N,)
+        self.with_margin, self.margin_derivative = _with_margin(self.positive, problem.margin)
 
-    def _add_keys(self, problem: Problem, wants_unit: bool) -> None:
-        vectors, unit = self._ready(problem.key, wants_unit)
-        groups, query_group, key_group = launch.ORDINARY, None, None
-        if problem.query_group is not None and problem.key_group is not None:
-            groups = _GROUPS[problem.same_group]
-            query_group, key_group = problem.query_group.contiguous(), problem.key_group.contiguous()
-        self.columns.append(Columns(vectors, launch.POSITIVE, self.target, 0.0, groups, query_group, key_group))
-        self.units.append(unit)
+    def _kind(self, columns: Columns) -> Kind:
+        rules = columns.contiguous()
+        if rules.special != Special.NOTHING and rules.special_column is None:
+            rules.special_column = self.same_index
+        return Kind(rules, *self._ready(columns.vectors, wants_unit=self.wanted.query))
 
-    def _add(self, x: Tensor | None, wants_unit: bool, own: Tensor | None = None, own_bias: float = 0.0) -> None:
-        """Columns beyond the keys; row i's own is column i, if anyone's."""
-        if x is None:
-            return
-        vectors, unit = self._ready(x, wants_unit)
-        special = launch.NOTHING if own is None else launch.OWN_NEGATIVE
-        self.columns.append(Columns(vectors, special, own, own_bias, launch.ORDINARY, None, None))
-        self.units.append(unit)
-
-    def _ready(self, x: Tensor, wants_unit: bool) -> tuple[Rows, Tensor | None]:
+    def _ready(self, x: Tensor, *, wants_unit: bool) -> tuple[Rows, Tensor | None]:
         operand = x.detach().to(self.dtype).contiguous()
         unit = torch.empty_like(operand) if wants_unit else None
         return self.row_kernels.normalise(operand, NORM_FLOOR, unit), unit
@@ -74,12 +69,12 @@ class Operands:
 
     @property
     def has_several_positives(self) -> bool:
-        return self.columns[0].groups == launch.POSITIVES
+        return self.keys.rules.groups == Groups.POSITIVES
 
     @functools.cached_property
     def num_positives(self) -> Tensor:
         """Keys of the row's group and its target, (N,): by sorting, not by comparing all with all."""
-        query_group, key_group = self.columns[0].query_group, self.columns[0].key_group
+        query_group, key_group = self.keys.rules.query_group, self.keys.rules.group
         if not self.has_several_positives or query_group is None or key_group is None:
             return torch.ones_like(self.positive)
         ordered = key_group.sort().values
@@ -96,27 +91,8 @@ class Operands:
         if self.problem.target is None:
             return None
         ordered = self.target.sort(stable=True)
-        keys = torch.arange(self.columns[0].count + 1, device=self.target.device)
+        keys = torch.arange(self.keys.count + 1, device=self.target.device)
         return ordered.indices, torch.searchsorted(ordered.values, keys)
-
-
-def operand_type(problem: Problem) -> tuple[torch.dtype, str]:
-    """The type that similarities and gradients are multiplied in, and how float32 is: "ieee" or "tf32"."""
-    if problem.precision == "float32":
-        return torch.float32, "ieee"
-    inputs = (problem.query, problem.key, problem.negatives, problem.bank)
-    types = [x.dtype for x in inputs if x is not None]
-    dtype = functools.reduce(torch.promote_types, types)
-    if problem.precision == "bf16" and dtype == torch.float32:
-        dtype = torch.bfloat16
-    if dtype == torch.bfloat16 and launch.INTERPRETING and not INTERPRETER_KNOWS_BF16:
-        dtype = torch.float32
-    return dtype, tensor_precision(problem.query) if dtype == torch.float32 else "ieee"
-
-
-def tensor_precision(x: Tensor) -> str:
-    """How the kernels multiply float32 on x's device, following PyTorch's settings: "ieee" or "tf32"."""
-    return "tf32" if float32_products(x.device.type) == "tf32" and x.is_cuda else "ieee"
 
 
 def _with_margin(positive: Tensor, margin: float) -> tuple[Tensor, Tensor | float]:
@@ -126,5 +102,5 @@ def _with_margin(positive: Tensor, margin: float) -> tuple[Tensor, Tensor | floa
     limit = 1 - ANGLE_CLAMP
     s = positive.clamp(-limit, limit)
     sine = ((1 - s) * (1 + s)).sqrt()
-    slope = math.cos(margin) + s / sine * math.sin(margin)
-    return s * math.cos(margin) - sine * math.sin(margin), torch.where(positive.abs() <= limit, slope, 0.0)
+    derivative = math.cos(margin) + s / sine * math.sin(margin)
+    return s * math.cos(margin) - sine * math.sin(margin), torch.where(positive.abs() <= limit, derivative, 0.0)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hicl_fast.kernels import mixed_negatives as kernels
 from hicl_fast.ops.common.constants import NORM_FLOOR, VANISHING
-from hicl_fast.ops.common.device import on_device
 from hicl_fast.ops.common.numbers import sum_type
+from hicl_fast.ops.common.triton import on_device
 from hicl_fast.ops.common.unit_rows import SQUARES, UnitRows
 from hicl_fast.ops.mixed_negatives import torch as chunked
 

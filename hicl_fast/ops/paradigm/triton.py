@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hicl_fast.kernels import launch
+from hicl_fast.kernels import paradigm as kernels
+from hicl_fast.kernels.cosine_tile import tile_for
+from hicl_fast.kernels.paradigm import Largest
 from hicl_fast.kernels.tiles import NARROW, STATISTICS, Tile
 from hicl_fast.ops.common.constants import POWER_FLOOR
-from hicl_fast.ops.common.device import on_device
+from hicl_fast.ops.common.triton import on_device, tensor_precision
 from hicl_fast.ops.common.unit_rows import UnitRows
-from hicl_fast.ops.info_nce.triton_operands import tensor_precision
 from hicl_fast.ops.paradigm import torch as chunked_paradigm
 from hicl_fast.ops.paradigm.engine import Combination, Statistics, Term
 from hicl_fast.ops.paradigm.torch import combine_by, views  # combine_by: a user's function is Python
@@ -46,7 +47,7 @@ def _where_it_goes(term: Term) -> Term:
     rows = (term.rows if term.source is None else term.rows[term.source]).contiguous()
     target, order = term.target.sort(stable=True)
     begin = torch.searchsorted(target, torch.arange(len(rows) + 1, device=rows.device))
-    return Term(launch.sum_by_target(rows, term.factor.contiguous(), order, begin), torch.ones_like(term.factor))
+    return Term(kernels.sum_by_target(rows, term.factor.contiguous(), order, begin), torch.ones_like(term.factor))
 
 
 def statistics(x: Tensor, y: Tensor, temperature: float | None, columns: bool) -> Statistics:
@@ -113,39 +114,38 @@ def _first_largest(value: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:  # (T
 def _running(x: Tensor, y: Tensor, *, narrow: bool) -> Iterator[_Sweep]:
     precision = tensor_precision(x)
     with on_device(x):
-        ones = x.new_ones(len(x))
-        tile = launch.tile_for([x, y], precision, NARROW if narrow else STATISTICS)
-        yield _Sweep(launch.Rows(x, ones, x), launch.Rows(y, ones, y), tile, precision)
+        tile = tile_for([x, y], precision, NARROW if narrow else STATISTICS)
+        yield _Sweep(x, y, tile, precision)
 
 
 @dataclass(frozen=True)
 class _Sweep:
     """Unit rows against unit rows, in chunks."""
 
-    x: launch.Rows  # (N, D)
-    y: launch.Rows  # (N, D)
+    x: Tensor  # (N, D)
+    y: Tensor  # (N, D)
     tile: Tile
     precision: str
 
     @property
     def num_column_tiles(self) -> int:
-        return -(-len(self.y.x) // self.tile.cols)
+        return -(-len(self.y) // self.tile.cols)
 
     def chunks(self, row_bytes: int) -> list[slice]:
-        num_rows, height = len(self.x.x), self.tile.rows
+        num_rows, height = len(self.x), self.tile.rows
         size = max(height, CHUNK_BYTES // row_bytes // height * height)
         return [slice(begin, min(begin + size, num_rows)) for begin in range(0, num_rows, size)]
 
     def statistics_of(
         self, rows: slice, temperature: float | None, columns: bool
-    ) -> tuple[launch.Largest, launch.Largest | None, Tensor | None]:
+    ) -> tuple[Largest, Largest | None, Tensor | None]:
         """The tiles' largest by row (column tiles, R) and by column (row tiles, N), and the parts of the rows' sums."""
-        count, device = rows.stop - rows.start, self.x.x.device
-        by_row = launch.Largest.unknown(self.num_column_tiles, count, device)
+        count, device = rows.stop - rows.start, self.x.device
+        by_row = Largest.unknown(self.num_column_tiles, count, device)
         row_tiles = -(-count // self.tile.rows)
-        by_column = launch.Largest.unknown(row_tiles, len(self.y.x), device) if columns else None
-        partials = None if temperature is None else self.x.x.new_empty(2, self.num_column_tiles, count)
-        launch.paradigm_statistics(
+        by_column = Largest.unknown(row_tiles, len(self.y), device) if columns else None
+        partials = None if temperature is None else self.x.new_empty(2, self.num_column_tiles, count)
+        kernels.statistics(
             self.x[rows], self.y, self.tile, rows.start, by_row, by_column, partials,
             temperature or 1.0, precision=self.precision,
         )  # fmt: skip
@@ -153,12 +153,12 @@ class _Sweep:
 
     def weights_of(
         self, rows: slice, weight: str, parameter: float, log_factor: Tensor, out: Tensor
-    ) -> tuple[launch.Largest, Tensor]:
+    ) -> tuple[Largest, Tensor]:
         """Writes the weights (R, N); the tiles' largest similarities and the weights' sums, (column tiles, R)."""
         count = rows.stop - rows.start
-        by_row = launch.Largest.unknown(self.num_column_tiles, count, out.device)
+        by_row = Largest.unknown(self.num_column_tiles, count, out.device)
         sums = torch.empty_like(by_row.value)
-        launch.paradigm_weights(
+        kernels.weights(
             self.x[rows], self.y, self.tile, rows.start, weight, parameter, log_factor, out, by_row, sums,
             precision=self.precision,
         )  # fmt: skip

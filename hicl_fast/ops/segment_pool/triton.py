@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hicl_fast.kernels import launch
-from hicl_fast.ops.common.device import on_device
+from hicl_fast.kernels import segment_pool as kernels
+from hicl_fast.ops.common.triton import on_device
 
 
 def forward(segments: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:  # (S, D), (B + 1,), (S,) -> (B, D)
     with on_device(segments):
-        return launch.pool_segments(segments.detach().contiguous(), offsets.contiguous(), _ready(weights))
+        return kernels.pool_segments(segments.detach().contiguous(), offsets.contiguous(), _ready(weights))
 
 
 def backward(
@@ -22,9 +22,9 @@ def backward(
     segments_grad, weights_grad = segments.new_empty(0), segments.new_empty(0)
     with on_device(segments):
         if wanted[0]:
-            segments_grad = launch.segments_gradient(h, offsets, w, grad)
+            segments_grad = kernels.segments_gradient(h, offsets, w, grad)
         if wanted[1] and w is not None:
-            weights_grad = launch.weights_gradient(h, offsets, w, grad)
+            weights_grad = kernels.weights_gradient(h, offsets, w, grad)
     return segments_grad, weights_grad
 
 

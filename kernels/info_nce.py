@@ -1,0 +1,509 @@
+"""InfoNCE over tiles of scaled cosine similarities ℓ = scale · (q·k) / (‖q‖ ‖k‖), and what a row's sums come to.
+
+Three kernels over the same tile: ``statistics_kernel`` keeps sums only, ``exp_kernel`` stores exp(ℓ − offset), and
+``similarity_gradient_kernel`` stores ∂loss/∂s where that is no product of a row's factor and exp(ℓ − offset).
+``exp_rows_kernel`` goes from a row's sums to its loss and factors. There is a program a tile or, with PERSISTENT, one a
+multiprocessor: then a tile's operands are on their way while the one before it ends.
+
+The positive never takes part, since rounding it would drown the gradient of a small loss.
+
+A tile works on y = q·k / ‖k‖ in place of the similarity: 1 / ‖q‖ is left to the row's factor of the exponent and to the
+row's sums. What every element costs is what a tile's end costs, so it is little.
+"""
+
+# ruff: noqa: N803
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from hicl_fast.kernels.cosine_tile import (
+    LN_2,
+    LOG2_E,
+    NOTHING,
+    OWN_NEGATIVE,
+    POSITIVES,
+    Similarities,
+    inverses,
+    leave_out,
+    same_group,
+    special_columns,
+    store_sums,
+    sum_of_exp2,
+    tile_of_products,
+)
+from torch import Tensor
+
+# The sums by row that a kernel leaves, (plane, column tile, row): their planes, and those planes' names.
+EXP_SUM = tl.constexpr(0)  # Σ exp(ℓ − offset)
+HARDEST = tl.constexpr(1)  # max s
+DOT = tl.constexpr(2)  # Σ s · what is stored
+MAX = tl.constexpr(2)  # max ℓ
+POSITIVES_SHIFT = tl.constexpr(3)  # Σ ℓ − the target's ℓ, over the further positives
+EXP_PLANES = ("exp_sum", "hardest", "dot")
+STATISTICS_PLANES = ("exp_sum", "hardest", "max", "positives_shift")
+
+# One loop over tiles and depth lets a tile's loads start before the one before it ends. With Triton 3.6 that was measured
+# to be faster (1.62 ms instead of 1.78, see kernels/tiles.py); later ones then spill.
+FLATTENS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
+
+TINY = tl.constexpr(2.0**-126)  # the smallest number that isn't taken for 0
+
+
+@triton.jit
+def tile_of_similarities(
+    program,
+    query,  # (num_rows, dim)
+    key,  # (num_cols, dim)
+    query_inverse_ptr,
+    key_inverse_ptr,
+    special_ptr,
+    num_rows,
+    num_cols,
+    dim,
+    SPECIAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    BAND: tl.constexpr,
+):
+    """A program's tile: its place, rows and columns; y = q·k / ‖k‖ of all of them; its rows' 1 / ‖q‖ and special columns."""
+    row_tile, col_tile, rows, cols, total = tile_of_products(
+        program, query, key, num_rows, num_cols, dim,
+        PRECISION, DESCRIBED, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, BAND,
+    )  # fmt: skip
+    y = total * inverses(key_inverse_ptr, cols, num_cols)[None, :]
+    query_inverse = inverses(query_inverse_ptr, rows, num_rows)
+    special = rows
+    if SPECIAL != NOTHING:
+        special = special_columns(special_ptr, rows, num_rows)
+    return row_tile, col_tile, rows, cols, y, query_inverse, special
+
+
+@triton.jit
+def exponents(
+    y,  # (BLOCK_ROWS, BLOCK_COLS)
+    query_inverse,  # (BLOCK_ROWS,)
+    scale_ptr,
+    shift,  # (BLOCK_ROWS, 1), in powers of 2
+    cols,
+    special,
+    bias,
+    SPECIAL: tl.constexpr,
+):
+    """log2 e · ℓ − shift: the powers of 2 of a tile's exponentials, (BLOCK_ROWS, BLOCK_COLS)."""
+    factor = query_inverse * (tl.load(scale_ptr) * LOG2_E)
+    factor = tl.where(factor == 0.0, TINY, factor)  # of a zero row: −∞ times 0 is no number
+    x = y * factor[:, None] - shift
+    if SPECIAL == OWN_NEGATIVE:
+        x += tl.where(cols[None, :] == special[:, None], bias * LOG2_E, 0.0)
+    return x
+
+
+@triton.jit
+def store_hardest(partials_ptr, plane_stride, col_tile, rows, num_rows, y, query_inverse):
+    """The largest similarity of each row; −inf where there is none."""
+    most = tl.max(y, axis=1)
+    hardest = tl.where(most == float("-inf"), most, most * query_inverse)
+    store_sums(partials_ptr, plane_stride, HARDEST, col_tile, rows, num_rows, hardest)
+
+
+@triton.jit
+def store_tile(
+    out,
+    out_stride,
+    row_tile,
+    col_tile,
+    rows,
+    cols,
+    num_rows,
+    num_cols,
+    values,
+    DESCRIBED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    if DESCRIBED:
+        out.store([row_tile * BLOCK_ROWS, col_tile * BLOCK_COLS], values.to(out.dtype))
+    else:
+        ptrs = (out + rows.to(tl.int64) * out_stride)[:, None] + cols[None, :]
+        inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+        tl.store(ptrs, values.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def exp_kernel(
+    query,  # (num_rows, dim)
+    key,  # (num_cols, dim)
+    query_inverse_ptr,  # (num_rows,)
+    key_inverse_ptr,  # (num_cols,)
+    scale_ptr,  # (1,)
+    offset_ptr,  # (num_rows,) subtracted from the logits
+    special_ptr,  # (num_rows,) int64
+    query_group_ptr,  # (num_rows,) int64
+    key_group_ptr,  # (num_cols,) int64
+    exp_out,  # out (num_rows, num_cols): amplitude · exp(ℓ − offset), 0 for a column that is left out
+    partials_ptr,  # out (3, column tiles, num_rows): EXP_SUM, HARDEST, DOT
+    num_rows,
+    num_cols,
+    dim,
+    exp_stride,
+    plane_stride,
+    bias,
+    amplitude,
+    SPECIAL: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WANTS_DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    BAND: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):
+    """Tiles of exp(ℓ − offset), and by row their sums, their products with s, and the largest s."""
+    total_tiles = tl.cdiv(num_rows, BLOCK_ROWS) * tl.cdiv(num_cols, BLOCK_COLS)
+    for program in tl.range(tl.program_id(0), total_tiles, tl.num_programs(0), flatten=FLATTENS and PERSISTENT):
+        row_tile, col_tile, rows, cols, y, query_inverse, special = tile_of_similarities(
+            program, query, key, query_inverse_ptr, key_inverse_ptr, special_ptr, num_rows, num_cols, dim,
+            SPECIAL, PRECISION, DESCRIBED, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, BAND,
+        )  # fmt: skip
+        y = leave_out(
+            y, float("-inf"), row_tile, col_tile, rows, cols, special, query_group_ptr, key_group_ptr, num_rows, num_cols,
+            SPECIAL, GROUPS, False, BLOCK_ROWS, BLOCK_COLS,
+        )  # fmt: skip
+        store_hardest(partials_ptr, plane_stride, col_tile, rows, num_rows, y, query_inverse)
+
+        offset = tl.load(offset_ptr + tl.minimum(rows, num_rows - 1))
+        offset = tl.where(offset == float("-inf"), 0.0, offset)  # of a row that has nothing but left-out columns
+        shift = offset * LOG2_E - tl.log2(amplitude)
+        e = tl.exp2(exponents(y, query_inverse, scale_ptr, shift[:, None], cols, special, bias, SPECIAL))
+        store_sums(partials_ptr, plane_stride, EXP_SUM, col_tile, rows, num_rows, tl.sum(e, axis=1) / amplitude)
+        if WANTS_DOT:
+            dot = tl.sum(tl.where(e == 0.0, 0.0, e * y), axis=1) * query_inverse / amplitude
+            store_sums(partials_ptr, plane_stride, DOT, col_tile, rows, num_rows, dot)
+        store_tile(
+            exp_out, exp_stride, row_tile, col_tile, rows, cols, num_rows, num_cols, e,
+            DESCRIBED, BLOCK_ROWS, BLOCK_COLS,
+        )  # fmt: skip
+
+
+def exp_similarities(
+    similarities: Similarities,  # R × C
+    scale: Tensor,  # (1,)
+    offset: Tensor,  # (R,)
+    out: Tensor,  # (R, C) with unit stride along the columns
+    partials: Tensor,  # (3, column tiles, R) float32; planes as in EXP_PLANES
+    *,
+    amplitude: float,
+    wants_dot: bool,
+) -> None:
+    """``out = amplitude · exp(ℓ − offset)`` and its sums by row."""
+    exp_kernel[similarities.grid](
+        scale_ptr=scale,
+        offset_ptr=offset,
+        exp_out=similarities.output(out),
+        partials_ptr=partials,
+        exp_stride=out.stride(0),
+        plane_stride=partials.stride(0),
+        bias=similarities.columns.bias,
+        amplitude=amplitude,
+        WANTS_DOT=wants_dot,
+        **similarities.arguments(),
+        **similarities.tile.options(),
+    )
+
+
+@triton.jit
+def statistics_kernel(
+    query,  # (num_rows, dim)
+    key,  # (num_cols, dim)
+    query_inverse_ptr,  # (num_rows,)
+    key_inverse_ptr,  # (num_cols,)
+    scale_ptr,  # (1,)
+    special_ptr,  # (num_rows,) int64
+    query_group_ptr,  # (num_rows,) int64
+    key_group_ptr,  # (num_cols,) int64
+    positive_logit_ptr,  # (num_rows,)
+    partials_ptr,  # out (4, column tiles, num_rows): EXP_SUM, HARDEST, MAX, POSITIVES_SHIFT
+    column_partials_ptr,  # out (2, row tiles, num_cols): Σ exp(ℓ − max), max, down the columns
+    num_rows,
+    num_cols,
+    dim,
+    plane_stride,
+    column_plane_stride,
+    bias,
+    SPECIAL: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    BAND: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):
+    """What one tile adds to its rows' (and columns') log-sum-exp. Stores no similarity."""
+    total_tiles = tl.cdiv(num_rows, BLOCK_ROWS) * tl.cdiv(num_cols, BLOCK_COLS)
+    for program in tl.range(tl.program_id(0), total_tiles, tl.num_programs(0), flatten=FLATTENS and PERSISTENT):
+        row_tile, col_tile, rows, cols, y, query_inverse, special = tile_of_similarities(
+            program, query, key, query_inverse_ptr, key_inverse_ptr, special_ptr, num_rows, num_cols, dim,
+            SPECIAL, PRECISION, DESCRIBED, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, BAND,
+        )  # fmt: skip
+        y = leave_out(
+            y, float("-inf"), row_tile, col_tile, rows, cols, special, query_group_ptr, key_group_ptr, num_rows, num_cols,
+            SPECIAL, GROUPS, True, BLOCK_ROWS, BLOCK_COLS,
+        )  # fmt: skip
+        x = exponents(y, query_inverse, scale_ptr, 0.0, cols, special, bias, SPECIAL)
+        if GROUPS == POSITIVES:
+            in_group = same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols)
+            positive_logit = tl.load(positive_logit_ptr + tl.minimum(rows, num_rows - 1))
+            is_positive = in_group & (y != float("-inf"))
+            shift = tl.sum(tl.where(is_positive, x * LN_2 - positive_logit[:, None], 0.0), axis=1)
+            store_sums(partials_ptr, plane_stride, POSITIVES_SHIFT, col_tile, rows, num_rows, shift)
+            y = tl.where(in_group, float("-inf"), y)
+
+        store_hardest(partials_ptr, plane_stride, col_tile, rows, num_rows, y, query_inverse)
+        most, total = sum_of_exp2(x, 1)
+        store_sums(partials_ptr, plane_stride, MAX, col_tile, rows, num_rows, most * LN_2)
+        store_sums(partials_ptr, plane_stride, EXP_SUM, col_tile, rows, num_rows, total)
+        if HAS_COLUMNS:
+            most, total = sum_of_exp2(x, 0)
+            store_sums(column_partials_ptr, column_plane_stride, 0, row_tile, cols, num_cols, total)
+            store_sums(column_partials_ptr, column_plane_stride, 1, row_tile, cols, num_cols, most * LN_2)
+
+
+def statistics(
+    similarities: Similarities,  # R × C
+    scale: Tensor,  # (1,)
+    positive_logit: Tensor,  # (R,)
+    partials: Tensor,  # (4, column tiles, R) float32; planes as in STATISTICS_PLANES
+    column_partials: Tensor | None,  # (2, row tiles, C) float32: Σ exp(ℓ − max), max
+) -> None:
+    """Sums by row, and by column where they are asked for; nothing of size R × C is kept."""
+    statistics_kernel[similarities.grid](
+        scale_ptr=scale,
+        positive_logit_ptr=positive_logit,
+        partials_ptr=partials,
+        column_partials_ptr=column_partials,
+        plane_stride=partials.stride(0),
+        column_plane_stride=0 if column_partials is None else column_partials.stride(0),
+        bias=similarities.columns.bias,
+        HAS_COLUMNS=column_partials is not None,
+        **similarities.arguments(),
+        **similarities.tile.options(),
+    )
+
+
+@triton.jit
+def similarity_gradient_kernel(
+    query,  # (num_rows, dim)
+    key,  # (num_cols, dim)
+    query_inverse_ptr,  # (num_rows,)
+    key_inverse_ptr,  # (num_cols,)
+    scale_ptr,  # (1,)
+    row_offset_ptr,  # (num_rows,)
+    row_factor_ptr,  # (num_rows,)
+    positives_share_ptr,  # (num_rows,) subtracted at the further positives
+    column_offset_ptr,  # (num_cols,)
+    column_factor_ptr,  # (num_cols,)
+    special_ptr,  # (num_rows,) int64
+    query_group_ptr,  # (num_rows,) int64
+    key_group_ptr,  # (num_cols,) int64
+    gradient_out,  # out (num_rows, num_cols)
+    dot_ptr,  # out (column tiles, num_rows): Σ s · gradient
+    num_rows,
+    num_cols,
+    dim,
+    gradient_stride,
+    bias,
+    SPECIAL: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr,
+    WANTS_DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    BAND: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):
+    """One tile of ∂loss/∂s: the row's softmax, the column's where the loss is symmetric, less the positives' share."""
+    total_tiles = tl.cdiv(num_rows, BLOCK_ROWS) * tl.cdiv(num_cols, BLOCK_COLS)
+    for program in tl.range(tl.program_id(0), total_tiles, tl.num_programs(0), flatten=FLATTENS and PERSISTENT):
+        row_tile, col_tile, rows, cols, y, query_inverse, special = tile_of_similarities(
+            program, query, key, query_inverse_ptr, key_inverse_ptr, special_ptr, num_rows, num_cols, dim,
+            SPECIAL, PRECISION, DESCRIBED, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, BAND,
+        )  # fmt: skip
+        x = exponents(y, query_inverse, scale_ptr, 0.0, cols, special, bias, SPECIAL)
+        row = tl.minimum(rows, num_rows - 1)
+        row_shift, row_factor = tl.load(row_offset_ptr + row) * LOG2_E, tl.load(row_factor_ptr + row)
+        gradient = tl.exp2(x - row_shift[:, None]) * row_factor[:, None]
+        if HAS_COLUMNS:
+            col = tl.minimum(cols, num_cols - 1)
+            column_shift, column_factor = tl.load(column_offset_ptr + col) * LOG2_E, tl.load(column_factor_ptr + col)
+            gradient += tl.exp2(x - column_shift[None, :]) * column_factor[None, :]
+        if GROUPS == POSITIVES:
+            in_group = same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols)
+            gradient -= tl.where(in_group, tl.load(positives_share_ptr + row)[:, None], 0.0)
+        gradient = leave_out(
+            gradient, 0.0, row_tile, col_tile, rows, cols, special, query_group_ptr, key_group_ptr, num_rows, num_cols,
+            SPECIAL, GROUPS, False, BLOCK_ROWS, BLOCK_COLS,
+        )  # fmt: skip
+        if WANTS_DOT:
+            dot = tl.sum(gradient * y, axis=1) * query_inverse
+            store_sums(dot_ptr, 0, 0, col_tile, rows, num_rows, dot)
+        store_tile(
+            gradient_out, gradient_stride, row_tile, col_tile, rows, cols, num_rows, num_cols, gradient,
+            DESCRIBED, BLOCK_ROWS, BLOCK_COLS,
+        )  # fmt: skip
+
+
+def similarity_gradients(
+    similarities: Similarities,  # R × C
+    scale: Tensor,  # (1,)
+    by_row: tuple[Tensor, Tensor],  # offset and factor, (R,) each
+    by_column: tuple[Tensor, Tensor] | None,  # offset and factor, (C,) each
+    positives_share: Tensor | None,  # (R,)
+    out: Tensor,  # (R, C) with unit stride along the columns
+    dot: Tensor,  # (column tiles, R) float32
+    *,
+    wants_dot: bool,
+) -> None:
+    """``out = Σ factor · exp(ℓ − offset)`` over row and column, less the share of the further positives."""
+    column_offset, column_factor = by_column or (None, None)
+    similarity_gradient_kernel[similarities.grid](
+        scale_ptr=scale,
+        row_offset_ptr=by_row[0],
+        row_factor_ptr=by_row[1],
+        positives_share_ptr=positives_share,
+        column_offset_ptr=column_offset,
+        column_factor_ptr=column_factor,
+        gradient_out=similarities.output(out),
+        dot_ptr=dot,
+        gradient_stride=out.stride(0),
+        bias=similarities.columns.bias,
+        HAS_COLUMNS=by_column is not None,
+        WANTS_DOT=wants_dot,
+        **similarities.arguments(),
+        **similarities.tile.options(),
+    )
+
+
+@triton.jit
+def log1p_of_fraction(t):
+    """``log(1 + t)`` for t from 0 to 1, with the digits of a small one: ``2 artanh z`` as a series, z = t / (2 + t)."""
+    z = t / (2.0 + t)
+    square = z * z
+    series = 1.0 / 17.0
+    for power in tl.static_range(15, 0, -2):
+        series = series * square + 1.0 / power
+    return 2.0 * z * series
+
+
+@triton.jit
+def exp_rows_kernel(
+    partials_ptr,  # (3, num_tiles, num_rows): EXP_SUM, HARDEST, DOT
+    positive_ptr,  # (num_rows,) similarity of the positive, its margin counted
+    margin_derivative_ptr,  # (num_rows,) its derivative by the similarity; None: 1
+    scale_ptr,  # (1,)
+    negative_lse_ptr,  # out (num_rows,)
+    hardest_ptr,  # out (num_rows,)
+    loss_ptr,  # out (num_rows,)
+    factor_ptr,  # out (num_rows,): of what is stored for a negative, ∂loss/∂s
+    coefficient_ptr,  # out (num_rows,) ∂loss/∂s of the positive
+    scale_gradient_ptr,  # out (num_rows,) ∂loss/∂scale
+    num_rows,
+    num_tiles,
+    plane_stride,
+    offset,  # that was subtracted from every logit
+    row_weight,
+    HAS_MARGIN: tl.constexpr,
+    WANTS_DOT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    """With L = log Σ exp(ℓ) over the negatives and p the positive's logit: log(1 + e^(L − p)) and its derivatives."""
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = rows < num_rows
+    exp_sum = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+    hardest = tl.zeros((BLOCK_ROWS,), dtype=tl.float32) + float("-inf")
+    dot = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+    for first in range(0, num_tiles, BLOCK_TILES):
+        tiles = first + tl.arange(0, BLOCK_TILES)
+        mask = (tiles < num_tiles)[:, None] & inside[None, :]
+        at = partials_ptr + tiles.to(tl.int64)[:, None] * num_rows + rows[None, :]
+        plane = tl.cast(plane_stride, tl.int64)
+        exp_sum += tl.sum(tl.load(at + EXP_SUM * plane, mask=mask, other=0.0), axis=0)
+        hardest = tl.maximum(hardest, tl.max(tl.load(at + HARDEST * plane, mask=mask, other=float("-inf")), axis=0))
+        if WANTS_DOT:
+            dot += tl.sum(tl.load(at + DOT * plane, mask=mask, other=0.0), axis=0)
+
+    scale = tl.load(scale_ptr)
+    positive = tl.load(positive_ptr + rows, mask=inside, other=0.0)
+    positive_logit = positive * scale
+    negative_lse = tl.log(exp_sum) + offset
+    x = negative_lse - positive_logit
+    t = tl.exp(-tl.abs(x))
+    rest = log1p_of_fraction(t)
+    lse = tl.where(x > 0.0, negative_lse, positive_logit) + rest
+    negative_share = tl.where(x > 0.0, 1.0, t) / (1.0 + t) * row_weight
+    factor = tl.exp(offset - lse) * row_weight
+    coefficient = -negative_share * scale
+    if HAS_MARGIN:
+        coefficient *= tl.load(margin_derivative_ptr + rows, mask=inside, other=0.0)
+    tl.store(negative_lse_ptr + rows, negative_lse, mask=inside)
+    tl.store(hardest_ptr + rows, hardest, mask=inside)
+    tl.store(loss_ptr + rows, tl.where(x > 0.0, x, 0.0) + rest, mask=inside)
+    tl.store(factor_ptr + rows, factor * scale, mask=inside)
+    tl.store(coefficient_ptr + rows, coefficient, mask=inside)
+    if WANTS_DOT:
+        tl.store(scale_gradient_ptr + rows, factor * dot - negative_share * positive, mask=inside)
+
+
+# In PyTorch what follows is some twenty operations on N numbers, each a launch; the launches, not the numbers, take the time.
+_ROWS_OF_SUMS, _TILES_OF_SUMS = 32, 32
+
+
+@dataclass(frozen=True)
+class RowResults:
+    """What a row's sums of exponentials come to, (N,) float32 each."""
+
+    negative_lse: Tensor
+    hardest: Tensor
+    loss: Tensor
+    factor: Tensor  # of the stored exponentials: ∂loss/∂s of a negative
+    coefficient: Tensor  # ∂loss/∂s of the positive
+    scale_gradient: Tensor | None  # ∂loss/∂scale
+
+    @classmethod
+    def unknown(cls, like: Tensor, *, wants_scale: bool) -> "RowResults":
+        negative_lse, hardest, loss, factor, coefficient = (torch.empty_like(like) for _ in range(5))
+        scale_gradient = torch.empty_like(like) if wants_scale else None
+        return cls(negative_lse, hardest, loss, factor, coefficient, scale_gradient)
+
+
+def exp_rows(
+    partials: Tensor,  # (3, column tiles, R) float32; planes as in EXP_PLANES
+    positive: Tensor,  # (R,) similarity of the positive, its margin counted
+    margin_derivative: Tensor | None,  # (R,) its derivative by the similarity; None: 1
+    scale: Tensor,  # (1,)
+    offset: float,
+    row_weight: float,
+    rows: slice,  # which rows of the whole these R are
+    out: RowResults,
+) -> None:
+    """Losses and factors of rows whose exponentials one sweep has stored."""
+    num_rows = partials.shape[2]
+    results = (out.negative_lse, out.hardest, out.loss, out.factor, out.coefficient, out.scale_gradient)
+    exp_rows_kernel[(triton.cdiv(num_rows, _ROWS_OF_SUMS),)](
+        partials, positive, margin_derivative, scale, *(None if x is None else x[rows] for x in results),
+        num_rows, partials.shape[1], partials.stride(0), offset, row_weight,
+        HAS_MARGIN=margin_derivative is not None, WANTS_DOT=out.scale_gradient is not None,
+        BLOCK_ROWS=_ROWS_OF_SUMS, BLOCK_TILES=_TILES_OF_SUMS, num_warps=4,
+    )  # fmt: skip
