@@ -6,8 +6,18 @@ negative that several rows share gets no atomics: each row writes its k addition
 """
 
 # ruff: noqa: N803
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+LARGEST_K = 32  # a program keeps the k×k Gram matrix in registers, and 64×64 spills
+BLOCK_PAIRS = 32
+BLOCK_DIM = 64
+NUM_WARPS = 4
 
 
 @triton.jit
@@ -191,3 +201,64 @@ def gradient_kernel(
                 (along[:, None] * query[None, :] - pulled) * shrinks[:, None],
                 mask=(column < k)[:, None] & (at < dim)[None, :],
             )
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """Which rows of the bank are mixed for each query, and how lengths are kept in range."""
+
+    bank: Tensor  # (B, D)
+    index: Tensor  # (N, k) int64
+    pairs: Tensor  # (N, m, 2) int64
+    alpha: float
+    most: float  # squared length up to which a row is taken as it is
+    shrink: float  # what a longer one is multiplied by
+
+    def operands(self, unit_query: Tensor) -> list[Tensor]:
+        share = torch.full((1,), self.alpha, dtype=unit_query.dtype, device=unit_query.device)
+        return [x.contiguous() for x in (unit_query, self.bank, self.index, self.pairs, share)]
+
+    def sizes(self) -> tuple[int, int, int]:
+        return self.index.shape[1], self.pairs.shape[1], self.bank.shape[1]
+
+    def options(self, dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "MOST": self.most,
+            "SHRINK": self.shrink,
+            "SUM_TYPE": tl.float64 if dtype == torch.float64 else tl.float32,
+            "BLOCK_K": max(16, triton.next_power_of_2(self.index.shape[1])),  # the least a matrix product takes
+            "BLOCK_PAIRS": BLOCK_PAIRS,
+            "BLOCK_DIM": BLOCK_DIM,
+            "num_warps": NUM_WARPS,
+        }
+
+
+def cosines(
+    unit_query: Tensor,  # (N, D) in the sums' type
+    mixtures: Mixtures,
+    vanishing: float,  # of ‖g‖² relative to its parts
+    floor: float,  # of ‖g‖²
+) -> tuple[Tensor, Tensor]:  # (N, m), (N, m): cosines, 1 / ‖g‖
+    cosine = unit_query.new_empty(mixtures.pairs.shape[:2])
+    inverse_norm = torch.empty_like(cosine)
+    if cosine.numel():
+        cosine_kernel[(unit_query.shape[0],)](
+            *mixtures.operands(unit_query), cosine, inverse_norm, *mixtures.sizes(), vanishing, floor,
+            **mixtures.options(unit_query.dtype),
+        )  # fmt: skip
+    return cosine, inverse_norm
+
+
+def gradients(
+    unit_query: Tensor,  # (N, D) in the sums' type
+    mixtures: Mixtures,
+    cosine: Tensor,  # (N, m)
+    inverse_norm: Tensor,  # (N, m)
+    upstream: Tensor,  # (N, m)
+    unit_grad: Tensor | None,  # out (N, D) by the unit query; None: not wanted
+    addition: Tensor | None,  # out (N, k, D) to the gradients of the bank's rows; None: not wanted
+) -> None:
+    gradient_kernel[(unit_query.shape[0],)](
+        *mixtures.operands(unit_query), cosine.contiguous(), inverse_norm.contiguous(), upstream.contiguous(),
+        unit_grad, addition, *mixtures.sizes(), **mixtures.options(unit_query.dtype),
+    )  # fmt: skip

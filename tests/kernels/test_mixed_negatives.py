@@ -115,8 +115,8 @@ def test_nan_stays_in_its_rows() -> None:
 def test_every_architecture_without_spills(arch: str, block_k: int) -> None:
     import triton.language as tl
     from hicl_fast.kernels import mixed_negatives
+    from hicl_fast.kernels.mixed_negatives import BLOCK_DIM, BLOCK_PAIRS, NUM_WARPS
 
-    from hicl_fast.ops.mixed_negatives.triton import BLOCK_DIM, BLOCK_PAIRS, NUM_WARPS
     from tests.kernels.aot import SHARED_MEMORY_LIMIT, compile_for, resources_of
 
     blocks = {"BLOCK_K": block_k, "BLOCK_PAIRS": BLOCK_PAIRS, "BLOCK_DIM": BLOCK_DIM, "SUM_TYPE": tl.float32}
