@@ -9,7 +9,11 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests.gpu import device
+# Threads of OpenMP wait for their next work in a loop, which takes the core from the other processes of tests. Whoever asks for
+# another policy has it; it is read when PyTorch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from tests.gpu import device  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"

@@ -57,7 +57,10 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 def assert_as_exact_as_eager(
     inputs: Inputs, options: dict[str, Any], backend: str, dtype: torch.dtype, **kw: Any
 ) -> None:
-    """Its errors against float64 are a few times those of the plain formula in the same type, or a few roundings."""
+    """Its errors against float64 are a few times those of the plain formula in the same type, or a few roundings.
+
+    Of the result, or of the inputs where these matter more: a gradient whose terms cancel has as few digits as they leave.
+    """
     typed = {name: x.to(dtype) for name, x in inputs.items()}
     doubles = {name: x.double() for name, x in typed.items()}
     exact = evaluate(reference.info_nce, doubles, options, **kw)
@@ -66,11 +69,19 @@ def assert_as_exact_as_eager(
     # A similarity's rounding is a logit's times 1/τ; sums are kept in float32 at least.
     sum_eps, temperature = torch.finfo(torch.promote_types(dtype, torch.float32)).eps, options.get("temperature", 0.05)
     roundings = 8 * torch.finfo(dtype).eps + (32 + 8 / temperature) * sum_eps
-    for name, got, plain, expected in zip(["loss", *inputs], fused, eager, exact, strict=True):
+    nudged = evaluate(
+        reference.info_nce, {name: one_rounding_off(x, sum_eps) for name, x in doubles.items()}, options, **kw
+    )
+    for name, got, plain, expected, near in zip(["loss", *inputs], fused, eager, exact, nudged, strict=True):
         wanted_type = torch.promote_types(dtype, torch.float32) if name == "loss" else dtype
         assert got.dtype == wanted_type
-        allowed = 4 * relative_error(plain, expected) + roundings
+        allowed = 4 * relative_error(plain, expected) + roundings + 4 * relative_error(near, expected)
         assert relative_error(got, expected) <= allowed, name
+
+
+def one_rounding_off(x: Tensor, eps: float) -> Tensor:
+    sign = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    return x + x * sign * eps
 
 
 CASES: dict[str, dict[str, Any]] = {
