@@ -1,12 +1,12 @@
-"""Whether two versions of the code give the same bits: the outputs of a fixed set of calls, recorded by one and repeated by the other.
+"""Whether two versions of the code give the same bits: one records the outputs of a fixed set of calls, the other repeats them.
 
     python -m tools.same_bits record before.safetensors               with the code as it was
     python -m tools.same_bits compare before.safetensors              with the code as it is
 
-The calls go through the public functions and modules alone, so that this file, copied beside it, runs on an older checkout too. Inputs are
-stored with the outputs: losses and every gradient, of each operator, type and size. ``--backend`` names whose bits they are
-(``torch``, ``cpp``; ``triton`` under TRITON_INTERPRET=1); compare takes the recorded one. Two threads, since the order of a sum may
-depend on their number. Exit status 1: something differs, and it is named.
+The calls go through public functions and modules alone, so that this file, copied into its tools/, runs on an older checkout.
+Inputs are stored with the outputs: values and every gradient, of each operator, type and size. ``--backend`` names whose bits
+they are (``torch``, ``cpp``; ``triton`` under TRITON_INTERPRET=1); compare takes the recorded one. Two threads, since the
+order of a sum may depend on their number. Exit status 1: something differs, and it is named.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ import hicl_fast.functional as HF
 from hicl_fast import FusedHiCLLoss, HardNegativeMixing
 
 Inputs = dict[str, Tensor]
+Draw = Callable[[int, int, int], Inputs]  # of N, M, D
 
 THREADS = 2
 SIZES = (
     (5, 7, 3),
     (130, 200, 33),
     (1100, 1300, 64),
-)  # N, M, D: one tile or block, several, and more rows than a block of csrc/cpu
+)  # N, M, D: one tile, several, and more rows than a block of csrc/cpu
 TYPES = {
     "torch": ("float32", "float64", "bfloat16"),
     "cpp": ("float32", "float64", "bfloat16"),
@@ -46,7 +47,7 @@ LARGEST = {"triton": 200}  # columns, in the interpreter
 class Case:
     """A call: its inputs for a size, and the function of them whose result and gradients are compared."""
 
-    inputs: Callable[[int, int, int], Inputs]
+    inputs: Draw
     call: Callable[..., Tensor]
 
 
@@ -68,13 +69,11 @@ def _square(n: int, m: int, d: int) -> Inputs:
     return _pair(n, n, d)
 
 
-def _with(
-    base: Callable[[int, int, int], Inputs], **more: Callable[[int, int, int], Tensor]
-) -> Callable[[int, int, int], Inputs]:
+def _with(base: Draw, **more: Callable[[int, int, int], Tensor]) -> Draw:
     return lambda n, m, d: base(n, m, d) | {name: draw(n, m, d) for name, draw in more.items()}
 
 
-def _info_nce(base: Callable[[int, int, int], Inputs] = _pair, /, **options: Any) -> Case:
+def _info_nce(base: Draw = _pair, /, **options: Any) -> Case:
     """Options that are functions draw inputs; the others are handed on as they are."""
     drawn = {name: x for name, x in options.items() if callable(x)}
     fixed = {name: x for name, x in options.items() if not callable(x)}
@@ -116,9 +115,9 @@ def _segments(n: int, m: int, d: int) -> Inputs:
     }
 
 
-def _objective(name: str, **options: Any) -> Case:
+def _objective(name: Any) -> Case:
     def call(backend: str, query: Tensor, key: Tensor) -> Tensor:
-        return HF.paradigm(query, key, name, backend=backend, **options)
+        return HF.paradigm(query, key, name, backend=backend)
 
     return Case(_square, call)
 
@@ -181,7 +180,7 @@ def cases(backend: str) -> Iterator[tuple[str, Case, tuple[int, int, int], torch
 
 
 def record(path: Path, backend: str) -> None:
-    stored = {}
+    stored: Inputs = {}
     for name, case, size, dtype in cases(backend):
         inputs = inputs_of(case, size, dtype)
         stored |= {f"{name}/in/{key}": x for key, x in inputs.items()}
