@@ -1,129 +1,205 @@
-// InfoNCE over cosine similarities as an operator; the work is in info_nce_sweep.h.
+// InfoNCE over cosine similarities as an operator: arguments checked, put into a Problem, and results back into tensors.
 #include <torch/csrc/stable/library.h>
 
+#include <numeric>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "checks.h"
-#include "info_nce_sweep.h"
+#include "info_nce_both_directions.h"
+#include "info_nce_one_direction.h"
 #include "tensors.h"
 
 namespace hicl {
 namespace {
 
-using Result =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Tensors = std::vector<Tensor>;
+using OptionalTensors = std::vector<OptionalTensor>;
 
-struct Mixing {
-  const OptionalTensor& pairs;
-  int64_t k;
-  double alpha;
+// The kinds of column as the operator takes them: of each kind its tensors, and its numbers, in the order of Columns'
+// fields in hicl_fast/ops/info_nce/problem.py. Two lists, since each costs a small call a microsecond.
+enum TensorRule { kVectors, kSpecialColumn, kQueryGroup, kGroup, kNumTensorRules };
+enum NumberRule { kWantsGradient, kSpecial, kBias, kGroups, kNumNumberRules };
+
+struct ColumnLists {
+  const OptionalTensors& tensors;
+  const std::vector<double>& numbers;
+
+  size_t count() const { return tensors.size() / kNumTensorRules; }
+  bool are_whole() const {
+    return count() > 0 && tensors.size() == count() * kNumTensorRules && numbers.size() == count() * kNumNumberRules;
+  }
+  const OptionalTensor& tensor(size_t kind, TensorRule rule) const { return tensors[kind * kNumTensorRules + rule]; }
+  double number(size_t kind, NumberRule rule) const { return numbers[kind * kNumNumberRules + rule]; }
+  // −1 where the number is no code.
+  int64_t code(size_t kind, NumberRule rule) const {
+    const double x = number(kind, rule);
+    return 0 <= x && x <= 2 ? int64_t(x) : -1;
+  }
+  Special special(size_t kind) const { return Special(code(kind, kSpecial)); }
+  Groups groups(size_t kind) const { return Groups(code(kind, kGroups)); }
+  const Tensor& vectors(size_t kind) const { return *tensor(kind, kVectors); }
+  bool wants_gradient(size_t kind) const { return number(kind, kWantsGradient) != 0; }
 };
 
-void check_arguments(const Tensor& query, const Tensor& key, const OptionalTensor& target, const OptionalTensor& negatives,
-                     const OptionalTensor& bank, const OptionalTensor& extra_logits, const OptionalTensor& query_group,
-                     const OptionalTensor& key_group, const OptionalTensor& loss_grad, const Rules& rules,
-                     const Mixing& mixing) {
-  const TensorChecks check("info_nce", query);
-  const ScalarType type = sum_type(check, "query", query);
-  const int64_t n = query.size(0), d = query.size(1);
-  check("query", query, type, {n, d});
+// What else the operator takes, and is asked for.
+struct Arguments {
+  const Tensor& query;
+  ColumnLists columns;
+  const OptionalTensor &extra_logits, &loss_grad, &mixed_pairs;
+  double row_weight, scale, margin;
+  bool symmetric;
+  int64_t k;
+  double alpha;
+  bool wants_query, wants_extra_logits, wants_scale;
+};
+
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensors, Tensor, Tensor, Tensor>;
+
+// "vectors", or "vectors[1]" of kinds after the first
+std::string of_kind(const char* name, size_t kind) { return kind ? name + ("[" + std::to_string(kind) + "]") : name; }
+
+void check_columns(const TensorChecks& check, const ColumnLists& columns, size_t kind, ScalarType type, int64_t n, int64_t d) {
+  const auto name = [&](const char* field) { return of_kind(field, kind); };
+  check.that(columns.tensor(kind, kVectors).has_value(), name("vectors").c_str(), "expected a tensor, got none");
+  check(name("vectors").c_str(), columns.vectors(kind), type, {kAny, d});
+  const int64_t count = columns.vectors(kind).size(0);
+  const Special special = columns.special(kind);
+  check.that(kind ? special == Special::kNothing || special == Special::kOwnNegative : special == Special::kPositive,
+             name("special").c_str(), "expected ", kind ? "0 or 2" : "1", ", got ", columns.number(kind, kSpecial));
+  const OptionalTensor& place = columns.tensor(kind, kSpecialColumn);
+  check(name("special_column").c_str(), place, ScalarType::Long, {n});
+  check_range(check, name("special_column").c_str(), place, 0, count, "indices of columns");
+  check.that(special == Special::kNothing || place || n <= count, name("vectors").c_str(), "expected at least ", n,
+             " rows, one for each query, or a special column for each, got ", count);
+  const Groups groups = columns.groups(kind);
+  check.that(groups >= Groups::kOrdinary, name("groups").c_str(), "expected 0 to 2, got ",
+             columns.number(kind, kGroups));
+  const OptionalTensor& group = columns.tensor(kind, kGroup);
+  check.groups(columns.tensor(kind, kQueryGroup), n, group, count);
+  check.that(groups == Groups::kOrdinary || group, name("group").c_str(), "expected a tensor, got none");
+}
+
+void check_arguments(const Arguments& a) {
+  const TensorChecks check("info_nce", a.query);
+  const ScalarType type = sum_type(check, "query", a.query);
+  const int64_t n = a.query.size(0), d = a.query.size(1);
+  check("query", a.query, type, {n, d});
   check.that(n > 0 && d > 0, "query", "expected at least one row and one dimension, got ", n, " and ", d);
-  check("key", key, type, {kAny, d});
-  const int64_t m = key.size(0);
-  check("target", target, ScalarType::Long, {n});
-  check_range(check, "target", target, 0, m, "indices of keys");
-  check.that(target || n <= m, "key", "expected at least ", n, " rows, one for each query, or a target, got ", m);
-  check("negatives", negatives, type, {kAny, d});
-  check("bank", bank, type, {kAny, d});
-  check("extra_logits", extra_logits, type, {n, kAny});
-  check.groups(query_group, n, key_group, m);
-  check("loss_grad", loss_grad, type, {n});
-  check.that(rules.hard_negative_weight == 0 || count(negatives) >= n, "negatives", "expected at least ", n,
-             " rows, since they have a weight of their own, got ", count(negatives));
-  if (rules.symmetric) {
-    check.that(n == m, "symmetric", "expected as many queries as keys, got ", n, " and ", m);
-    check.that(!target && !negatives && !bank && !extra_logits && !mixing.pairs, "symmetric",
-               "expected no target, negatives, bank, extra logits or mixing");
+  check.that(a.columns.are_whole(), "columns", "expected ", int(kNumTensorRules), " tensors and ", int(kNumNumberRules),
+             " numbers for each kind, of which there is at least one");
+  int num_own = 0;
+  for (size_t kind = 0; kind < a.columns.count(); ++kind) {
+    check_columns(check, a.columns, kind, type, n, d);
+    num_own += a.columns.special(kind) == Special::kOwnNegative;
   }
-  if (!mixing.pairs) return;
-  check.that(0 < mixing.k && mixing.k <= m, "k", "expected 1 to ", m, ", got ", mixing.k);
-  check("mixed_pairs", mixing.pairs, ScalarType::Long, {n, kAny, 2});
-  check_range(check, "mixed_pairs", mixing.pairs, 0, mixing.k, "places among the k");
+  check.that(num_own <= 1, "special", "expected own negatives of one kind at most, got ", num_own);
+  check("extra_logits", a.extra_logits, type, {n, kAny});
+  check("loss_grad", a.loss_grad, type, {n});
+  const int64_t m = a.columns.vectors(0).size(0);
+  if (a.symmetric) {
+    check.that(n == m, "symmetric", "expected as many queries as keys, got ", n, " and ", m);
+    check.that(!a.columns.tensor(0, kSpecialColumn) && a.columns.count() == 1 && !a.extra_logits && !a.mixed_pairs,
+               "symmetric", "expected no target, negatives, bank, extra logits or mixing");
+  }
+  if (!a.mixed_pairs) return;
+  check.that(0 < a.k && a.k <= m, "k", "expected 1 to ", m, ", got ", a.k);
+  check("mixed_pairs", a.mixed_pairs, ScalarType::Long, {n, kAny, 2});
+  check_range(check, "mixed_pairs", a.mixed_pairs, 0, a.k, "places among the k");
 }
 
 template <typename T>
-Result run(const Tensor& query, const Tensor& key, const OptionalTensor& target, const OptionalTensor& negatives,
-           const OptionalTensor& bank, const OptionalTensor& extra_logits, const OptionalTensor& query_group,
-           const OptionalTensor& key_group, const OptionalTensor& loss_grad, double row_weight, const Rules& rules,
-           const Mixing& mixing, Wanted wanted, int64_t block_bytes) {
-  const int64_t n = query.size(0), m = key.size(0), d = query.size(1), p = count(negatives);
-  const int64_t e = extra_logits ? extra_logits->size(1) : 0;
-  Tensor loss = new_tensor<T>({n}), negative_lse = new_tensor<T>({n}), positive = new_tensor<T>({n}),
-         hardest = new_tensor<T>({n}), column_lse = new_tensor<T>({rules.symmetric ? m : 0}), total = new_tensor<T>({});
-  const auto gradient = [](bool is_wanted, int64_t rows, int64_t columns) {
+std::vector<Columns<T>> columns_of(const ColumnLists& lists, Tensors& gradients) {
+  std::vector<Columns<T>> found;
+  for (size_t kind = 0; kind < lists.count(); ++kind) {
+    Columns<T> columns;
+    columns.vectors = lists.vectors(kind).const_data_ptr<T>();
+    columns.count = lists.vectors(kind).size(0);
+    columns.special = lists.special(kind);
+    columns.special_column = data<int64_t>(lists.tensor(kind, kSpecialColumn));
+    columns.bias = lists.number(kind, kBias);
+    columns.groups = lists.groups(kind);
+    columns.query_group = data<int64_t>(lists.tensor(kind, kQueryGroup));
+    columns.group = data<int64_t>(lists.tensor(kind, kGroup));
+    columns.gradient = lists.wants_gradient(kind) ? data<T>(gradients[kind]) : nullptr;
+    found.push_back(columns);
+  }
+  return found;
+}
+
+template <typename T>
+void compute(const Problem<T>& problem, const Results<T>& out, int64_t block_bytes) {
+  const int64_t n = problem.query.rows;
+  const Prepared<T> prepared(problem);
+  const RowBlocks blocks(n, prepared.row_stride() * int64_t(sizeof(T)), block_bytes, prepared.most_block_rows());
+  LogitBlock<T> block(prepared, blocks);
+  std::vector<double> moment(n, 0.0);  // each row's part of scale · ∂loss/∂scale
+  (problem.symmetric ? both_directions<T> : one_direction<T>)(prepared, blocks, block, out, moment);
+  finish_column_gradients(prepared, block);
+  if (out.scale_gradient) *out.scale_gradient = T(std::accumulate(moment.begin(), moment.end(), 0.0) / problem.scale);
+  *out.total = T(problem.common_weight * std::accumulate(out.loss, out.loss + n, 0.0));
+}
+
+template <typename T>
+Result run(const Arguments& a, int64_t block_bytes) {
+  const int64_t n = a.query.size(0), d = a.query.size(1), m = a.columns.vectors(0).size(0);
+  const auto wanted = [](bool is_wanted, int64_t rows, int64_t columns) {
     return is_wanted ? new_tensor<T>({rows, columns}) : new_tensor<T>({0});
   };
-  Tensor query_grad = gradient(wanted.query, n, d), key_grad = gradient(wanted.key, m, d),
-         negatives_grad = gradient(wanted.negatives, p, d), extra_grad = gradient(wanted.extra_logits, n, e),
-         scale_grad = wanted.scale ? new_tensor<T>({}) : new_tensor<T>({0});
-  Tensor hard_negatives = new_tensor<int64_t>({mixing.pairs ? n : 0, mixing.pairs ? mixing.k : 0});
-  const auto pointer = [](bool is_wanted, Tensor& t) { return is_wanted ? data<T>(t) : nullptr; };
+  Problem<T> problem;
+  problem.query = {a.query.const_data_ptr<T>(), n, d, d};
+  Tensors column_gradients;
+  for (size_t kind = 0; kind < a.columns.count(); ++kind)
+    column_gradients.push_back(wanted(a.columns.wants_gradient(kind), a.columns.vectors(kind).size(0), d));
+  problem.columns = columns_of<T>(a.columns, column_gradients);
+  problem.extra_logits = data<T>(a.extra_logits);
+  problem.num_extra = a.extra_logits ? a.extra_logits->size(1) : 0;
+  Tensor hard_negatives = new_tensor<int64_t>({a.mixed_pairs ? n : 0, a.mixed_pairs ? a.k : 0});
+  if (a.mixed_pairs)
+    problem.mixing = {data<int64_t>(a.mixed_pairs), data<int64_t>(hard_negatives), a.mixed_pairs->size(1), a.k, a.alpha};
+  problem.scale = a.scale, problem.margin = a.margin, problem.symmetric = a.symmetric;
+  problem.common_weight = a.row_weight, problem.row_weight = data<T>(a.loss_grad);
 
-  Sweep<T> sweep({query.const_data_ptr<T>(), n, d, d}, rules,
-                 {data<T>(loss), data<T>(negative_lse), data<T>(column_lse), data<T>(positive), data<T>(hardest),
-                  data<T>(total), pointer(wanted.query, query_grad), pointer(wanted.extra_logits, extra_grad),
-                  pointer(wanted.scale, scale_grad)},
-                 wanted);
-  sweep.add_segment(key.const_data_ptr<T>(), m, pointer(wanted.key, key_grad));
-  sweep.add_segment(data<T>(negatives), p, pointer(wanted.negatives, negatives_grad));
-  sweep.add_segment(data<T>(bank), count(bank), nullptr);
-  sweep.set_own_negatives(m);
-  sweep.set_target(data<int64_t>(target));
-  sweep.set_extra(data<T>(extra_logits), e);
-  sweep.set_groups(data<int64_t>(query_group), data<int64_t>(key_group));
-  if (mixing.pairs)
-    sweep.set_mixing({data<int64_t>(mixing.pairs), data<int64_t>(hard_negatives), mixing.pairs->size(1), mixing.k,
-                      mixing.alpha});
-  sweep.set_row_weight(row_weight, data<T>(loss_grad));
-  sweep.run(block_bytes);
-  return {loss,       negative_lse, column_lse,     positive,   hardest,   total,
-          query_grad, key_grad,     negatives_grad, extra_grad, scale_grad, hard_negatives};
+  Tensor loss = new_tensor<T>({n}), negative_lse = new_tensor<T>({n}), positive = new_tensor<T>({n}),
+         hardest = new_tensor<T>({n}), column_lse = new_tensor<T>({a.symmetric ? m : 0}), total = new_tensor<T>({});
+  Tensor query_gradient = wanted(a.wants_query, n, d),
+         extra_gradient = wanted(a.wants_extra_logits, n, problem.num_extra),
+         scale_gradient = a.wants_scale ? new_tensor<T>({}) : new_tensor<T>({0});
+  Results<T> out;
+  out.loss = data<T>(loss), out.positive = data<T>(positive), out.hardest = data<T>(hardest);
+  out.negative_lse = data<T>(negative_lse), out.column_lse = data<T>(column_lse), out.total = data<T>(total);
+  if (a.wants_query) out.query_gradient = data<T>(query_gradient);
+  if (a.wants_extra_logits) out.extra_gradient = data<T>(extra_gradient);
+  if (a.wants_scale) out.scale_gradient = data<T>(scale_gradient);
+
+  compute(problem, out, block_bytes);
+  return {loss,           negative_lse,     column_lse,     positive,       hardest,       total,
+          query_gradient, column_gradients, extra_gradient, scale_gradient, hard_negatives};
 }
 
-Result info_nce(const Tensor& query, const Tensor& key, const OptionalTensor& target, const OptionalTensor& negatives,
-                const OptionalTensor& bank, const OptionalTensor& extra_logits, const OptionalTensor& query_group,
-                const OptionalTensor& key_group, const OptionalTensor& loss_grad, double row_weight, double scale,
-                double hard_negative_weight, int64_t same_group, double margin, bool symmetric,
-                const OptionalTensor& mixed_pairs, int64_t k, double alpha, int64_t wanted, int64_t block_bytes) {
-  const Rules rules{scale, hard_negative_weight, SameGroup(same_group), margin, symmetric};
-  const Mixing mixing{mixed_pairs, k, alpha};
-  check_arguments(query, key, target, negatives, bank, extra_logits, query_group, key_group, loss_grad, rules, mixing);
-  const auto run_typed = query.scalar_type() == ScalarType::Double ? run<double> : run<float>;
-  return run_typed(query, key, target, negatives, bank, extra_logits, query_group, key_group, loss_grad, row_weight, rules,
-                   mixing, Wanted(wanted), block_bytes);
+Result info_nce(const Tensor& query, OptionalTensors tensors, std::vector<double> numbers, const OptionalTensor& extra_logits, const OptionalTensor& loss_grad,
+                double row_weight, double scale, double margin, bool symmetric, const OptionalTensor& mixed_pairs, int64_t k,
+                double alpha, bool wants_query, bool wants_extra_logits, bool wants_scale, int64_t block_bytes) {
+  const Arguments arguments{
+      query,
+      {tensors, numbers},
+      extra_logits, loss_grad, mixed_pairs, row_weight, scale, margin, symmetric, k, alpha,
+      wants_query, wants_extra_logits, wants_scale};
+  check_arguments(arguments);
+  return (query.scalar_type() == ScalarType::Double ? run<double> : run<float>)(arguments, block_bytes);
 }
-
-std::string capability() { return cpu_capability(); }
-std::string capabilities() { return cpu_capabilities(); }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(hicl_fast_cpp, m) {
   m.def(
-      "info_nce(Tensor query, Tensor key, Tensor? target, Tensor? negatives, Tensor? bank, Tensor? extra_logits, "
-      "Tensor? query_group, Tensor? key_group, Tensor? loss_grad, float row_weight, float scale, float hard_negative_weight, "
-      "int same_group, float margin, bool symmetric, Tensor? mixed_pairs, int k, float alpha, int wanted, int block_bytes=134217728) -> "
+      "info_nce(Tensor query, Tensor?[] column_tensors, float[] column_numbers, Tensor? extra_logits, Tensor? loss_grad, "
+      "float row_weight, float scale, float margin, bool symmetric, Tensor? mixed_pairs, int k, float alpha, "
+      "bool wants_query, bool wants_extra_logits, bool wants_scale, int block_bytes=134217728) -> "
       "(Tensor loss, Tensor negative_lse, Tensor column_lse, Tensor positive, Tensor hardest, Tensor total, "
-      "Tensor query_grad, Tensor key_grad, Tensor negatives_grad, Tensor extra_logits_grad, Tensor scale_grad, "
-      "Tensor hard_negatives)");
-  m.def("capability() -> str");
-  m.def("capabilities() -> str");
+      "Tensor query_grad, Tensor[] column_grads, Tensor extra_logits_grad, Tensor scale_grad, Tensor hard_negatives)");
 }
 STABLE_TORCH_LIBRARY_IMPL(hicl_fast_cpp, CPU, m) { m.impl("info_nce", TORCH_BOX(&info_nce)); }
-STABLE_TORCH_LIBRARY_IMPL(hicl_fast_cpp, CompositeExplicitAutograd, m) {
-  m.impl("capability", TORCH_BOX(&capability));
-  m.impl("capabilities", TORCH_BOX(&capabilities));
-}
 
 }  // namespace hicl

@@ -1,56 +1,62 @@
-// What a call of InfoNCE asks for and where its results go; no mathematics but two logarithms.
+// What a call of InfoNCE consists of and where its results go: filled once, by name, and read by all that follows.
 #pragma once
-#include <algorithm>
-#include <cmath>
 #include <cstdint>
+#include <optional>
+#include <vector>
 
-#include "unit_rows.h"
+#include "../constants.h"
+#include "block_mixing.h"
+#include "matmul.h"
 
 namespace hicl {
 
-enum class SameGroup : int64_t { kExclude, kNegative, kPositive };
+// A kind of column: vectors that every query is compared with, and the rules that hold for them. A new rule is a field
+// here, a line where the operator fills it in (info_nce.cpp), and a line in info_nce_mask.h.
+template <typename T>
+struct Columns {
+  const T* vectors = nullptr;  // (C, D)
+  int64_t count = 0;
+  Special special = Special::kNothing;
+  const int64_t* special_column = nullptr;  // (N,); null: row i's is column i
+  double bias = 0;                          // added to the logit of a row's own negative
+  Groups groups = Groups::kOrdinary;
+  const int64_t* query_group = nullptr;  // (N,), where the groups aren't ordinary
+  const int64_t* group = nullptr;        // (C,), likewise
+  T* gradient = nullptr;                 // out (C, D); null where it isn't wanted
+};
 
-// log(1 + eˣ) with all digits of a small result
-inline double log1p_exp(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
-inline double logaddexp(double a, double b) {
-  if (a == b) return a + std::log(2.0);  // also for −inf, whose difference is NaN
-  return std::max(a, b) + log1p_exp(-std::abs(a - b));
+template <typename T>
+struct Problem {
+  Matrix<const T> query{};          // (N, D)
+  std::vector<Columns<T>> columns;  // the first holds the positives
+  const T* extra_logits = nullptr;  // (N, E) further columns
+  int64_t num_extra = 0;
+  std::optional<MixingRules> mixing;  // mixtures of each row's hardest keys are further columns, after the extra logits
+  double scale = 1;                   // 1 / temperature
+  double margin = 0;                  // radians
+  bool symmetric = false;
+  double common_weight = 1;       // of every row in the loss,
+  const T* row_weight = nullptr;  // (N,) times the row's own, where there are any
+
+  double weight(int64_t i) const { return row_weight ? common_weight * double(row_weight[i]) : common_weight; }
+};
+
+// Null where a result isn't wanted; the columns' gradients are with the columns.
+template <typename T>
+struct Results {
+  T *loss = nullptr, *positive = nullptr, *hardest = nullptr;  // (N,) each; similarities of the positive and the hardest negative
+  T *negative_lse = nullptr, *column_lse = nullptr;            // (N,), (M,) without the positive; the second if symmetric
+  T* total = nullptr;                                          // () common weight · Σ loss
+  T* query_gradient = nullptr;                                 // (N, D)
+  T* extra_gradient = nullptr;                                 // (N, E)
+  T* scale_gradient = nullptr;                                 // ()
+};
+
+template <typename T>
+bool wants_gradients(const Problem<T>& problem, const Results<T>& out) {
+  for (const Columns<T>& columns : problem.columns)
+    if (columns.gradient) return true;
+  return out.query_gradient || out.extra_gradient || out.scale_gradient;
 }
-
-struct Wanted {
-  bool query, key, negatives, extra_logits, scale;
-  explicit Wanted(int64_t bits)
-      : query(bits & 1), key(bits & 2), negatives(bits & 4), extra_logits(bits & 8), scale(bits & 16) {}
-  bool any() const { return query || key || negatives || extra_logits || scale; }
-};
-
-struct Rules {
-  double scale;  // 1 / temperature
-  double hard_negative_weight;
-  SameGroup same_group;
-  double margin;
-  bool symmetric;
-};
-
-// The columns of one input: keys, explicit negatives or bank rows.
-template <typename T>
-struct Segment {
-  UnitRows<T> unit;
-  int64_t first;  // column
-  T* gradient;    // (count, D), or null where none is wanted
-};
-
-template <typename T>
-struct Outputs {
-  T *loss, *negative_lse, *column_lse, *positive, *hardest;     // (N,), (N,), (M,) or empty, (N,), (N,)
-  T* total;                                                     // () common weight · Σ loss
-  T *query_gradient, *extra_gradient, *scale_gradient;          // null where not wanted
-};
-
-// What a row's positive comes to.
-struct Positive {
-  int64_t column;
-  double similarity, logit, slope;  // slope: derivative of the margin-adjusted similarity
-};
 
 }  // namespace hicl

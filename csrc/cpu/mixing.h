@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "../constants.h"
 #include "memory.h"
 #include "rows.h"
 #include "unit_rows.h"
@@ -19,7 +20,7 @@ constexpr int64_t kTermBytes = 4 << 20;  // of what is listed at a time to be ad
 // ‖g‖² comes from a sum whose terms can cancel, with an error of a few roundings of the terms. A smaller result has no
 // digits that are right: such a mixture has no direction.
 template <typename T>
-constexpr T kVanishing = 16 * std::numeric_limits<T>::epsilon();
+constexpr T kVanishing = kVanishingRoundings * std::numeric_limits<T>::epsilon();
 
 // The mixture α n_a + β n_b, or a multiple of it. `least` is the square below which its length counts as zero.
 template <typename T>

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../constants.h"
 #include "rows.h"
 
 namespace hicl {
@@ -26,14 +27,14 @@ class SoftmaxWeight {
   double scale_;
 };
 
-// max(s, 1e-4)^p, divided by the largest: the floor's twelfth power is 0 in float32
+// max(s, kPowerFloor)^p, divided by the largest: the floor's twelfth power is 0 in float32
 template <typename T>
 class PowerWeight {
  public:
   explicit PowerWeight(double exponent) : exponent_(exponent) {}
 
   T operator()(T* row, T hardest, int64_t n, double* log_factor) const {
-    constexpr T kFloor = T(1e-4);
+    constexpr T kFloor = T(kPowerFloor);
     const T base = hardest < kFloor || exponent_ < 0 ? kFloor : hardest;
     *log_factor = exponent_ * std::log(double(base));
     const bool is_small = exponent_ == std::floor(exponent_) && exponent_ >= 1 && exponent_ <= 16;

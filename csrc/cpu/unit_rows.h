@@ -9,11 +9,11 @@
 #include <limits>
 #include <vector>
 
+#include "../constants.h"
 #include "rows.h"
 
 namespace hicl {
 
-constexpr double kNormFloor = 1e-12;
 constexpr int64_t kGrain = 1 << 14;  // elements a thread must have to do before another one is worth waking
 
 inline int64_t rows_per_thread(int64_t row_length) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, row_length)); }

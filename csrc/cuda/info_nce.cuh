@@ -9,6 +9,7 @@
 // log(1 + e^(lse of the negatives − positive)), and comes to the gradients in float32. Inputs are multiplied as they are;
 // norms go into the coefficients, which are scaled so that the largest factor of a row or column is 1.
 #pragma once
+#include "../constants.h"
 #include "cosine_tile.cuh"
 #include "info_nce.h"
 
@@ -16,7 +17,7 @@ namespace hicl::cuda {
 
 static_assert(kColumnTile == kTile, "a block sums the tile that it multiplies");
 
-constexpr float kLargestCosine = 1.0f - 1e-7f;
+constexpr float kLargestCosine = 1.0f - float(kAngleClamp);
 constexpr float kMasked = -1e30f;  // for what is no negative's similarity: its exponential is 0, and 0 times it is 0
 constexpr int kGradientStages = 3;
 enum Partial { kLargestLogit, kExpSum, kMoment, kHardest };

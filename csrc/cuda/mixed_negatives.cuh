@@ -12,6 +12,7 @@
 // Rows of the bank are shared: each row writes what it has for its k negatives, and a second launch adds what a row of the
 // bank got, in order. No atomics.
 #pragma once
+#include "../constants.h"
 #include "cosine_tile.cuh"
 #include "mixed_negatives.h"
 
@@ -20,7 +21,7 @@ namespace hicl::cuda {
 constexpr int kMixingStages = 3;
 // ‖g‖² comes from a sum whose terms can cancel, with an error of a few roundings of the terms. A smaller result has no
 // digits that are right: such a mixture has no direction.
-constexpr float kVanishing = 16 * 1.1920929e-7f;
+constexpr float kVanishing = kVanishingRoundings * 1.1920929e-7f;
 
 // The entries of a symmetric matrix on and below its diagonal, row by row.
 struct Entry {

@@ -1,10 +1,11 @@
 // What a row is multiplied by to be a unit vector.
 #pragma once
+#include "../constants.h"
 #include "platform.cuh"
 
 namespace hicl::cuda {
 
-constexpr float kNormFloor = 1e-12f;
+constexpr float kNormFloor = float(hicl::kNormFloor);
 
 // 1 / max(‖x‖, floor) of ‖x‖², 0 for a zero row. A norm that is infinite or NaN makes NaN of everything that it touches.
 __device__ __forceinline__ float inverse_of_norm(float squares, float floor = kNormFloor) {

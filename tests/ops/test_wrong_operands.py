@@ -36,7 +36,6 @@ class Call(NamedTuple):
     allowed: tuple[str, ...] = ()
 
 
-ALL = 0b11111
 INFO_NCE: dict[str, Any] = {
     "query": rows(N, D),
     "key": rows(M, D),
@@ -48,8 +47,38 @@ INFO_NCE: dict[str, Any] = {
     "key_group": torch.arange(M),
 }
 PLAIN = {**dict.fromkeys(INFO_NCE), "query": rows(N, D), "key": rows(N, D)}
-OPTIONS = {"row_weight": 1.0, "scale": 20.0, "hard_negative_weight": 0.0, "same_group": 0, "margin": 0.0}
-REST = {"symmetric": False, "mixed_pairs": None, "k": 0, "alpha": 0.5, "wanted": ALL}
+
+
+class Kind(NamedTuple):
+    """A kind of column, its tensors first, as the C++ operator takes them."""
+
+    vectors: Tensor
+    special_column: Tensor | None = None
+    query_group: Tensor | None = None
+    group: Tensor | None = None
+    wants_gradient: float = 1.0
+    special: float = 0.0
+    bias: float = 0.0
+    groups: float = 0.0
+
+
+def columns(*kinds: Kind) -> dict[str, list[Any]]:
+    return {
+        "column_tensors": [x for kind in kinds for x in kind[:4]],
+        "column_numbers": [x for kind in kinds for x in kind[4:]],
+    }
+
+
+KEYS = Kind(rows(M, D), to_last(N, M), torch.arange(N), torch.arange(M), special=1, groups=1)
+OWN = Kind(rows(N, D), special=2, bias=0.5)
+BANK = Kind(rows(3, D), wants_gradient=0)
+PLAIN_KEYS = Kind(rows(N, D), special=1)
+OPTIONS = {"row_weight": 1.0, "scale": 20.0, "margin": 0.0, "symmetric": False}
+MIXES_NOTHING = {"mixed_pairs": None, "k": 0, "alpha": 0.5}
+WANTS_ALL = {"wants_query": True, "wants_extra_logits": True, "wants_scale": True}
+REST = OPTIONS | MIXES_NOTHING | WANTS_ALL
+
+
 PAIRS = torch.tensor([[[0, 1], [1, K - 1]]]).repeat(N, 1, 1)
 MIXED = {
     "query": rows(N, D),
@@ -65,14 +94,21 @@ CANDIDATES = ("bank: dimension 0 larger", "index: dimension 1 larger")
 CPP = [
     Call(
         "info_nce",
-        INFO_NCE | {"loss_grad": rows(N)} | OPTIONS | {"hard_negative_weight": 0.5} | REST,
-        (*COLUMNS, "negatives: dimension 0 larger"),
+        {"query": rows(N, D), **columns(KEYS, OWN, BANK), "extra_logits": rows(N, 2), "loss_grad": rows(N)} | REST,
+        ("column_tensors[4]: dimension 0 larger", "column_tensors[8]: dimension 0", *COLUMNS),
     ),
-    Call("info_nce", PLAIN | {"loss_grad": None} | OPTIONS | REST | {"symmetric": True}),
     Call(
         "info_nce",
-        PLAIN | {"loss_grad": None} | OPTIONS | REST | {"mixed_pairs": PAIRS, "k": K},
-        ("key: dimension 0 larger", "mixed_pairs: dimension 1"),
+        {"query": rows(N, D), **columns(PLAIN_KEYS), "extra_logits": None, "loss_grad": None}
+        | REST
+        | {"symmetric": True},
+    ),
+    Call(
+        "info_nce",
+        {"query": rows(N, D), **columns(PLAIN_KEYS), "extra_logits": None, "loss_grad": None}
+        | REST
+        | {"mixed_pairs": PAIRS, "k": K},
+        ("column_tensors[0]: dimension 0 larger", "mixed_pairs: dimension 1"),
     ),
     Call(
         "hard_negatives",
@@ -129,16 +165,26 @@ def not_contiguous(x: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def changed(call: Call, of_type: bool, takes_strides: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    def wrong(x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield from of_another_shape(x)
+        if of_type and takes_strides:
+            yield from [*of_another_type(x)][1:] if x.is_floating_point() else [*of_another_type(x)]
+        elif of_type:
+            yield from (*of_another_type(x), *not_contiguous(x))
+
     for name, x in call.arguments.items():
+        changes: list[tuple[str, Any]] = []
         if isinstance(x, Tensor):
-            changes = list(of_another_shape(x))
-            if of_type and takes_strides:
-                changes += [*of_another_type(x)][1:] if x.is_floating_point() else [*of_another_type(x)]
-            elif of_type:
-                changes += [*of_another_type(x), *not_contiguous(x)]
-            for what, value in changes:
-                if not f"{name}: {what}".startswith(call.allowed):
-                    yield f"{name}: {what}", {**call.arguments, name: value}
+            changes = [(f"{name}: {what}", value) for what, value in wrong(x)]
+        elif isinstance(x, list) and any(isinstance(one, Tensor) for one in x):
+            for place, one in enumerate(x):
+                if isinstance(one, Tensor):
+                    changes += [
+                        (f"{name}[{place}]: {what}", [*x[:place], v, *x[place + 1 :]]) for what, v in wrong(one)
+                    ]
+        for what, value in changes:
+            if not what.startswith(call.allowed):
+                yield what, {**call.arguments, name: value}
 
 
 @pytest.mark.parametrize("call", CPP, ids=lambda call: call.operator)
@@ -147,7 +193,7 @@ def test_operators_of_the_extension(call: Call) -> None:
     operator(**call.arguments)
     takes_strides = call.operator == "hard_negatives"  # and any floating-point type
     for what, arguments in changed(call, of_type=True, takes_strides=takes_strides):
-        with pytest.raises(RuntimeError, match=rf"{call.operator}: \w+: expected") as caught:
+        with pytest.raises(RuntimeError, match=rf"{call.operator}: [\w\[\]]+: expected") as caught:
             operator(**arguments)
             pytest.fail(f"{call.operator} takes {what}")
         assert "tensor(" not in str(caught.value)
@@ -180,15 +226,37 @@ def test_gradients_of_terms(name: str) -> None:
 @pytest.mark.parametrize(
     ("operator", "arguments"),
     [
-        ("info_nce", CPP[0].arguments | {"target": torch.full((N,), M)}),
-        ("info_nce", CPP[0].arguments | {"target": torch.full((N,), -1)}),
-        ("info_nce", CPP[0].arguments | {"negatives": None}),
-        ("info_nce", CPP[0].arguments | {"query_group": None}),
+        *(
+            ("info_nce", CPP[0].arguments | columns(*kinds))
+            for kinds in (
+                (KEYS._replace(special_column=torch.full((N,), M)), OWN, BANK),
+                (KEYS._replace(special_column=torch.full((N,), -1)), OWN, BANK),
+                (KEYS, OWN._replace(special_column=torch.full((N,), N)), BANK),
+                (KEYS._replace(query_group=None), OWN, BANK),
+                (KEYS._replace(query_group=None, group=None), OWN, BANK),
+                (KEYS, OWN._replace(groups=2), BANK),
+                (KEYS._replace(groups=3), OWN, BANK),
+                (KEYS._replace(groups=-1), OWN, BANK),
+                (KEYS._replace(special=2), OWN, BANK),
+                (KEYS, OWN._replace(special=1), BANK),
+                (KEYS, OWN._replace(special=3), BANK),
+                (KEYS, OWN._replace(special=-1), BANK),
+                (KEYS, OWN._replace(special=torch.nan), BANK),
+                (KEYS, OWN, OWN),
+                (KEYS._replace(vectors=None), OWN, BANK),
+                (),
+            )
+        ),
+        *(
+            ("info_nce", CPP[0].arguments | {name: changed})
+            for name, x in columns(KEYS, OWN, BANK).items()
+            for changed in (x[:-1], [*x, x[-1]], x[:4])
+        ),
         ("info_nce", CPP[0].arguments | {"symmetric": True}),
-        ("info_nce", CPP[1].arguments | {"key": rows(N + 1, D)}),
-        ("info_nce", CPP[1].arguments | {"symmetric": False, "key": rows(N - 1, D)}),
-        ("info_nce", CPP[1].arguments | {"query": rows(0, D), "key": rows(0, D)}),
-        ("info_nce", CPP[1].arguments | {"query": rows(N, 0), "key": rows(N, 0)}),
+        ("info_nce", CPP[1].arguments | columns(PLAIN_KEYS._replace(vectors=rows(N + 1, D)))),
+        ("info_nce", CPP[1].arguments | {"symmetric": False} | columns(PLAIN_KEYS._replace(vectors=rows(N - 1, D)))),
+        ("info_nce", CPP[1].arguments | {"query": rows(0, D)} | columns(PLAIN_KEYS._replace(vectors=rows(0, D)))),
+        ("info_nce", CPP[1].arguments | {"query": rows(N, 0)} | columns(PLAIN_KEYS._replace(vectors=rows(N, 0)))),
         ("info_nce", CPP[2].arguments | {"k": 0}),
         ("info_nce", CPP[2].arguments | {"k": N + 1}),
         ("info_nce", CPP[2].arguments | {"k": K - 1}),
@@ -290,6 +358,6 @@ def test_none_is_forgotten() -> None:
         every = torch._C._dispatch_get_all_op_names()
         return {name.split("::")[1].split(".")[0] for name in every if name.startswith(f"{namespace}::")}
 
-    lists = {"paradigm_gradient", "random_pairs", "capability", "capabilities"}
-    assert names("hicl_fast_cpp") == {call.operator for call in CPP} | lists
+    others = {"paradigm_gradient", "random_pairs", "capability", "capabilities", "constants"}
+    assert names("hicl_fast_cpp") == {call.operator for call in CPP} | others
     assert names("hicl_fast") == {call.operator for call in REGISTERED} | {"paradigm"}

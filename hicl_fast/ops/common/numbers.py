@@ -11,7 +11,10 @@ from hicl_fast.ops.common.autograd import readable
 
 def sum_type(*inputs: Tensor | None) -> torch.dtype:
     """The type that sums of the inputs are kept in: float64 if one of them is float64, else float32."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in inputs) else torch.float32
+    for x in inputs:
+        if x is not None and x.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def host_number(value: float) -> Tensor:

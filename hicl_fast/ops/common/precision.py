@@ -7,13 +7,10 @@ all threads: they are read, and never set. Where a call wants more than they giv
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-
-from hicl_fast.ops.info_nce.problem import Problem
 
 _Outputs = TypeVar("_Outputs", bound=NamedTuple)
 _EXACT = ("none", "ieee")
@@ -36,15 +33,6 @@ def operand_type(precision: str, *inputs: Tensor | None) -> torch.dtype:
         return torch.float32
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in inputs if x is not None))
     return torch.bfloat16 if precision == "bf16" and dtype == torch.float32 else dtype
-
-
-def with_exact_products(problem: Problem) -> Problem:
-    """The problem, in float64 where it asks for float32 products and PyTorch's would be rounded to less."""
-    if problem.precision != "float32" or problem.dtype != torch.float32:
-        return problem
-    if float32_products(problem.query.device.type) == "ieee":
-        return problem
-    return replace(problem, query=problem.query.double())  # one input in float64 makes the sums float64
 
 
 def brought_to(dtype: torch.dtype, outputs: _Outputs) -> _Outputs:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hicl_fast.ops.common.precision import brought_to, with_exact_products
-from hicl_fast.ops.info_nce.problem import Gradients, Mixing, Problem, RowStatistics, Wanted
+from hicl_fast.ops.common.precision import brought_to
+from hicl_fast.ops.info_nce.problem import Columns, Gradients, Mixing, Problem, RowStatistics, Wanted
 
 MIXES_WHILE_SWEEPING = True  # `forward` takes a Mixing
-_SAME_GROUP = {"exclude": 0, "negative": 1, "positive": 2}
+
+# Of each kind of column the operator takes the tensors and the numbers among its fields, in their order.
+_is_tensor = {one.name: "Tensor" in str(one.type) for one in fields(Columns) if one.name != "name"}
+_tensors_of = operator.attrgetter(*(name for name, is_tensor in _is_tensor.items() if is_tensor))
+_numbers_of = operator.attrgetter(*(name for name, is_tensor in _is_tensor.items() if not is_tensor))
 
 
 def forward(
@@ -31,43 +38,42 @@ def backward(
 def _run(
     problem: Problem, row_weight: float, loss_grad: Tensor | None, wanted: Wanted, mixing: Mixing | None = None
 ) -> tuple[RowStatistics, Gradients]:
-    sum_type, problem = problem.dtype, with_exact_products(problem)
-    dtype = problem.dtype
-
-    def ready(x: Tensor | None) -> Tensor | None:
-        if x is None or (x.dtype == dtype and x.is_contiguous()):
-            return x
-        return x.detach().to(dtype).contiguous()
-
-    def index(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.contiguous()
-
+    asked, problem = problem, problem.with_exact_products()
+    dtype, kinds = problem.dtype, problem.columns(wanted)
     # Below autograd: its fallback for operators that have no gradient costs as much as the rest of a small call.
     with torch._C._AutoDispatchBelowAutograd():
         loss, negative_lse, column_lse, positive, hardest, total, *gradients, hard_negatives = _operator()(
-            ready(problem.query),
-            ready(problem.key),
-            index(problem.target),
-            ready(problem.negatives),
-            ready(problem.bank),
-            ready(problem.extra_logits),
-            index(problem.query_group),
-            index(problem.key_group),
-            ready(loss_grad),
+            _ready(problem.query, dtype),
+            [_ready(x, dtype) for columns in kinds for x in _tensors_of(columns)],
+            [float(x) for columns in kinds for x in _numbers_of(columns)],
+            _ready(problem.extra_logits, dtype),
+            _ready(loss_grad, dtype),
             row_weight,
             float(problem.scale),
-            problem.hard_negative_weight,
-            _SAME_GROUP[problem.same_group],
             problem.margin,
             problem.symmetric,
             *((None, 0, 0.0) if mixing is None else (mixing.pairs.contiguous(), mixing.k, mixing.alpha)),
-            wanted.bits,
+            wanted.query,
+            wanted.extra_logits,
+            wanted.scale,
         )
     statistics = RowStatistics(loss, negative_lse, column_lse, positive, hardest, hard_negatives, total)
-    found = Gradients(*gradients)
-    return (statistics, found) if dtype == sum_type else (brought_to(sum_type, statistics), brought_to(sum_type, found))
+    query, of_columns, extra_logits, scale = gradients
+    found = {columns.name: gradient for columns, gradient in zip(kinds, of_columns, strict=True)}
+    nothing = loss.new_empty(0) if wanted.scale else scale
+    by_input = Gradients(query, found["key"], found.get("negatives", nothing), extra_logits, scale)
+    if problem is asked:
+        return statistics, by_input
+    return brought_to(asked.dtype, statistics), brought_to(asked.dtype, by_input)
+
+
+def _ready(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Contiguous, vectors and logits in one type."""
+    if x is None or (x.is_contiguous() and (x.dtype == dtype or x.dtype == torch.int64)):
+        return x
+    return x.detach().to(torch.int64 if x.dtype == torch.int64 else dtype).contiguous()
 
 
 @functools.cache
-def _operator() -> Callable[..., tuple[Tensor, ...]]:
+def _operator() -> Callable[..., tuple[Any, ...]]:
     return torch.ops.hicl_fast_cpp.info_nce.default

@@ -16,6 +16,7 @@ from hicl_fast.ops.backends.features import of_rows
 from hicl_fast.ops.common.autograd import readable
 from hicl_fast.ops.common.constants import Groups, Special
 from hicl_fast.ops.common.numbers import check_scale, sum_type
+from hicl_fast.ops.common.precision import float32_products
 
 
 class Wanted(NamedTuple):
@@ -139,6 +140,14 @@ class Problem:
         """The type sums, losses and logits are kept in: float64 if an input is float64, else float32."""
         return sum_type(self.query, self.key, self.negatives, self.bank, self.extra_logits)
 
+    def with_exact_products(self) -> Problem:
+        """The problem, in float64 where it asks for float32 products and PyTorch's would be rounded to less."""
+        if self.precision != "float32" or self.dtype != torch.float32:
+            return self
+        if float32_products(self.query.device.type) == "ieee":
+            return self
+        return replace(self, query=self.query.double())  # one input in float64 makes the sums float64
+
     @property
     def groups(self) -> Groups:
         """What keys of a row's group are to it."""
@@ -160,7 +169,7 @@ class Problem:
 
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """The inputs that can have gradients, in the order of :class:`Wanted` and :class:`Gradients`."""
-        return tuple(getattr(self, name) for name in DIFFERENTIABLE)
+        return tuple([getattr(self, name) for name in DIFFERENTIABLE])
 
     def flat(self) -> list[Any]:
         """As the registered operators take it."""

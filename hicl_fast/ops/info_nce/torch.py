@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hicl_fast.ops.common.constants import ANGLE_CLAMP, Groups, Special
 from hicl_fast.ops.common.numbers import scale_on
-from hicl_fast.ops.common.precision import brought_to, with_exact_products
+from hicl_fast.ops.common.precision import brought_to
 from hicl_fast.ops.common.unit_rows import UnitRows
 from hicl_fast.ops.info_nce.problem import Columns, Gradients, Problem, RowStatistics, Wanted
 
@@ -49,14 +49,14 @@ class _Chunk:
 
 
 def forward(problem: Problem, row_weight: float, wanted: Wanted) -> tuple[RowStatistics, Gradients]:
-    statistics, gradients = _forward(with_exact_products(problem), row_weight, wanted)
+    statistics, gradients = _forward(problem.with_exact_products(), row_weight, wanted)
     return brought_to(problem.dtype, statistics), brought_to(problem.dtype, gradients)
 
 
 def backward(
     problem: Problem, negative_lse: Tensor, column_lse: Tensor, loss_grad: Tensor, wanted: Wanted
 ) -> Gradients:
-    gradients = _backward(with_exact_products(problem), negative_lse, column_lse, loss_grad, wanted)
+    gradients = _backward(problem.with_exact_products(), negative_lse, column_lse, loss_grad, wanted)
     return brought_to(problem.dtype, gradients)
 
 

@@ -1,0 +1,95 @@
+// A row of raw similarities: its positive, and which of its columns the softmax leaves out or treats by themselves.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "info_nce_block.h"
+#include "info_nce_columns.h"
+#include "rows.h"
+
+namespace hicl {
+
+template <typename T>
+constexpr T kLeftOut = -std::numeric_limits<T>::infinity();
+
+// What a row's positive comes to.
+struct Positive {
+  int64_t column;
+  double similarity, logit;
+  double derivative;  // of the similarity with the margin, by the similarity
+};
+
+// The positive's dot product is taken once more by itself, so that it is exact whatever the products' precision.
+template <typename T>
+Positive find_positive(const Prepared<T>& p, const LogitBlock<T>& block, int64_t i) {
+  const UnitRows<T>& keys = p.keys().unit;
+  const int64_t column = p.target(i);
+  const T* unit_query = block.unit_query.row(i - block.first);
+  const double s = double(row_kernels<T>().dot(unit_query, keys.row(column), p.query.columns)) * double(keys.factor(column));
+  const double scale = p.problem.scale, margin = p.problem.margin;
+  if (margin == 0) return {column, s, s * scale, 1.0};
+  // The bounds are the type's nearest, as in a comparison in that type.
+  const double low = T(-1 + kAngleClamp), high = T(1 - kAngleClamp);
+  const double theta = std::acos(s < low ? low : s > high ? high : s);
+  const bool clamped = s < low || s > high;
+  return {column, s, std::cos(theta + margin) * scale, clamped ? 0.0 : std::sin(theta + margin) / std::sin(theta)};
+}
+
+// Columns of a row whose logits are not scale · similarity, or whose gradient is not their softmax alone. They are taken out
+// of the row before the pass over it, which then treats all columns alike, and put back afterwards.
+template <typename T>
+struct SetAside {
+  int64_t own_column = -1;  // the row's own negative, if it has one
+  T own_similarity = kLeftOut<T>;
+  T own_logit = kLeftOut<T>;  // with its bias
+  double own_bias = 0;
+  std::vector<std::pair<int64_t, T>> positives;  // the further ones: column, logit
+
+  double num_positives() const { return double(1 + positives.size()); }
+  // The positive's logit minus the mean logit of all positives.
+  double shift(const Positive& target) const {
+    double sum = 0;
+    for (const auto& [column, logit] : positives) sum += target.logit - double(logit);
+    return sum / num_positives();
+  }
+};
+
+template <typename T>
+SetAside<T> set_aside(const Prepared<T>& p, int64_t i, T* row, const Positive& positive) {
+  const double scale = p.problem.scale;
+  const T* factor = p.column_factor.data();
+  SetAside<T> aside;
+  for (const Kind<T>& kind : p.kinds) {
+    if (kind.rules.special == Special::kOwnNegative) {
+      const int64_t j = aside.own_column = kind.special_column(i);
+      aside.own_bias = kind.rules.bias;
+      aside.own_similarity = row[j] * factor[j];
+      aside.own_logit = T(aside.own_similarity * scale + kind.rules.bias);
+      row[j] = kLeftOut<T>;
+    }
+    if (kind.rules.groups == Groups::kPositives)
+      for (const int64_t of_kind : kind.of_group(i))
+        if (const int64_t j = kind.first + of_kind; j != positive.column) {
+          aside.positives.emplace_back(j, T(row[j] * factor[j] * scale));
+          row[j] = kLeftOut<T>;
+        }
+  }
+  return aside;
+}
+
+// From raw similarities to logits, −inf where a column doesn't compete with the positive: the largest of them, over all
+// columns that are similarities but those that were set aside.
+template <typename T>
+T mask_and_scale(const Prepared<T>& p, int64_t i, T* row) {
+  for (const Kind<T>& kind : p.kinds) {
+    if (kind.rules.special == Special::kPositive) row[kind.special_column(i)] = kLeftOut<T>;
+    if (kind.rules.groups == Groups::kExcluded)
+      for (const int64_t j : kind.of_group(i)) row[kind.first + j] = kLeftOut<T>;
+  }
+  return row_kernels<T>().to_logits(row, p.logit_factor.data(), T(p.problem.scale), p.num_similarities);
+}
+
+}  // namespace hicl
