@@ -255,6 +255,22 @@ BREAKS = (
         f"{INFO_NCE} -k cpp",
     ),
     Break(
+        "own-bias-in-scale",
+        "cpp",
+        "csrc/cpu/info_nce_row.h",
+        "- aside.own_bias - positive_logit",
+        "- positive_logit",
+        f"{INFO_NCE} -k cpp",
+    ),
+    Break(
+        "further-positives-share",
+        "cpp",
+        "csrc/cpu/info_nce_one_direction.h",
+        "row[column] -= T(share / to_probability) * factors[column];",
+        "(void)column;",
+        f"{INFO_NCE} -k cpp",
+    ),
+    Break(
         "block-rows",
         "cpp",
         "csrc/cpu/row_blocks.h",
@@ -263,6 +279,30 @@ BREAKS = (
         "tests/ops/test_block_edges.py",
     ),
     # --- Triton
+    Break(
+        "triton-group-mask",
+        "triton",
+        "kernels/cosine_tile.py",
+        "x = tl.where(in_group, FILL, x)",
+        "x = tl.where(in_group, x, x)",
+        "tests/kernels/test_info_nce.py",
+    ),
+    Break(
+        "triton-last-column",
+        "triton",
+        "kernels/cosine_tile.py",
+        "        counts = (cols < num_cols)[None, :]\n        if ROWS_TOO",
+        "        counts = (cols <= num_cols)[None, :]\n        if ROWS_TOO",
+        "tests/kernels/test_info_nce.py",
+    ),
+    Break(
+        "triton-positives-shift",
+        "triton",
+        "kernels/info_nce.py",
+        "x * LN_2 - positive_logit[:, None]",
+        "x - positive_logit[:, None]",
+        "tests/kernels/test_info_nce.py",
+    ),
     Break(
         "triton-pool-weight",
         "triton",

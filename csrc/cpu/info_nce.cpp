@@ -14,35 +14,6 @@
 namespace hicl {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-using OptionalTensors = std::vector<OptionalTensor>;
-
-// The kinds of column as the operator takes them: of each kind its tensors, and its numbers, in the order of Columns'
-// fields in hicl_fast/ops/info_nce/problem.py. Two lists, since each costs a small call a microsecond.
-enum TensorRule { kVectors, kSpecialColumn, kQueryGroup, kGroup, kNumTensorRules };
-enum NumberRule { kWantsGradient, kSpecial, kBias, kGroups, kNumNumberRules };
-
-struct ColumnLists {
-  const OptionalTensors& tensors;
-  const std::vector<double>& numbers;
-
-  size_t count() const { return tensors.size() / kNumTensorRules; }
-  bool are_whole() const {
-    return count() > 0 && tensors.size() == count() * kNumTensorRules && numbers.size() == count() * kNumNumberRules;
-  }
-  const OptionalTensor& tensor(size_t kind, TensorRule rule) const { return tensors[kind * kNumTensorRules + rule]; }
-  double number(size_t kind, NumberRule rule) const { return numbers[kind * kNumNumberRules + rule]; }
-  // −1 where the number is no code.
-  int64_t code(size_t kind, NumberRule rule) const {
-    const double x = number(kind, rule);
-    return 0 <= x && x <= 2 ? int64_t(x) : -1;
-  }
-  Special special(size_t kind) const { return Special(code(kind, kSpecial)); }
-  Groups groups(size_t kind) const { return Groups(code(kind, kGroups)); }
-  const Tensor& vectors(size_t kind) const { return *tensor(kind, kVectors); }
-  bool wants_gradient(size_t kind) const { return number(kind, kWantsGradient) != 0; }
-};
-
 // What else the operator takes, and is asked for.
 struct Arguments {
   const Tensor& query;
@@ -107,25 +78,6 @@ void check_arguments(const Arguments& a) {
   check.that(0 < a.k && a.k <= m, "k", "expected 1 to ", m, ", got ", a.k);
   check("mixed_pairs", a.mixed_pairs, ScalarType::Long, {n, kAny, 2});
   check_range(check, "mixed_pairs", a.mixed_pairs, 0, a.k, "places among the k");
-}
-
-template <typename T>
-std::vector<Columns<T>> columns_of(const ColumnLists& lists, Tensors& gradients) {
-  std::vector<Columns<T>> found;
-  for (size_t kind = 0; kind < lists.count(); ++kind) {
-    Columns<T> columns;
-    columns.vectors = lists.vectors(kind).const_data_ptr<T>();
-    columns.count = lists.vectors(kind).size(0);
-    columns.special = lists.special(kind);
-    columns.special_column = data<int64_t>(lists.tensor(kind, kSpecialColumn));
-    columns.bias = lists.number(kind, kBias);
-    columns.groups = lists.groups(kind);
-    columns.query_group = data<int64_t>(lists.tensor(kind, kQueryGroup));
-    columns.group = data<int64_t>(lists.tensor(kind, kGroup));
-    columns.gradient = lists.wants_gradient(kind) ? data<T>(gradients[kind]) : nullptr;
-    found.push_back(columns);
-  }
-  return found;
 }
 
 template <typename T>

@@ -13,7 +13,7 @@
 
 #include "block_mixing.h"
 #include "equal_products.h"
-#include "info_nce_columns.h"
+#include "info_nce_prepared.h"
 #include "matmul.h"
 #include "memory.h"
 #include "row_blocks.h"

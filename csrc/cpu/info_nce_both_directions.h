@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "info_nce_block.h"
-#include "info_nce_mask.h"
+#include "info_nce_row.h"
 #include "logarithms.h"
 
 namespace hicl {

@@ -1,77 +1,76 @@
-// A call's vectors made ready: norms, the columns' places in a row of logits, their groups' indices.
-//
-// Inputs are not copied into normalised form (too long rows apart, unit_rows.h): the columns' factors 1/‖k‖ go into the logits
-// and into the gradient of the similarities.
+// The kinds of column, and how they come to the operator.
 #pragma once
-#include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
-#include "equal_products.h"
-#include "groups.h"
-#include "info_nce_problem.h"
-#include "row_blocks.h"
-#include "unit_rows.h"
+#include "../constants.h"
+#include "tensors.h"
 
 namespace hicl {
 
-constexpr int64_t kMaxChunk = 4096;  // of keys in one product, where hard negatives are chosen
+using Tensors = std::vector<Tensor>;
+using OptionalTensors = std::vector<OptionalTensor>;
 
-// A kind of column made ready.
+// A kind of column: vectors that every query is compared with, and the rules that hold for them. A new rule is a field
+// here, which `columns_of` fills in, and its line in info_nce_row.h.
 template <typename T>
-struct Kind {
-  Columns<T> rules;
-  UnitRows<T> unit;   // (C, D)
-  int64_t first;      // its first column among a row's
-  GroupIndex groups;  // of its columns, where they aren't ordinary
-
-  int64_t count() const { return unit.count(); }
-  int64_t special_column(int64_t i) const { return first + (rules.special_column ? rules.special_column[i] : i); }
-  GroupIndex::Columns of_group(int64_t i) const { return groups.of(rules.query_group[i]); }  // from 0, not from `first`
+struct Columns {
+  const T* vectors = nullptr;  // (C, D)
+  int64_t count = 0;
+  Special special = Special::kNothing;
+  const int64_t* special_column = nullptr;  // (N,); null: row i's is column i
+  double bias = 0;                          // added to the logit of a row's own negative
+  Groups groups = Groups::kOrdinary;
+  const int64_t* query_group = nullptr;  // (N,), where the groups aren't ordinary
+  const int64_t* group = nullptr;        // (C,), likewise
+  T* gradient = nullptr;                 // out (C, D); null where it isn't wanted
 };
 
-// A row of logits has the kinds' columns one after the other, then the extra logits, then the mixtures.
-template <typename T>
-struct Prepared {
-  explicit Prepared(const Problem<T>& problem)
-      : problem(problem), unit_query(problem.query.data, problem.query.rows, problem.query.columns), query(problem.query) {
-    query.data = unit_query.row(0);
-    for (const Columns<T>& columns : problem.columns)
-      if (columns.count > 0 || kinds.empty()) add(columns);
-    num_columns = num_similarities + problem.num_extra + (problem.mixing ? problem.mixing->num_mixed : 0);
-    column_factor.resize(num_columns, T(1));
-  }
+// The kinds of column as the operator takes them: of each kind its tensors, and its numbers, in the order of the fields of
+// Columns in hicl_fast/ops/info_nce/problem.py. Two lists, since each costs a small call a microsecond.
+enum TensorRule { kVectors, kSpecialColumn, kQueryGroup, kGroup, kNumTensorRules };
+enum NumberRule { kWantsGradient, kSpecial, kBias, kGroups, kNumNumberRules };
 
-  const Kind<T>& keys() const { return kinds[0]; }
-  int64_t target(int64_t i) const { return keys().special_column(i); }
-  Chunks key_chunks() const { return {keys().count(), kColumnMultiple<T>, kMaxChunk}; }
-  int64_t row_stride() const {
-    return row_stride_for<T>(problem.mixing ? std::max(num_columns, key_chunks().width()) : num_columns);
-  }
-  int64_t most_block_rows() const {
-    return problem.mixing ? std::min(kMostBlockRows, BlockMixing<T>::most_rows(problem.mixing->k)) : kMostBlockRows;
-  }
+struct ColumnLists {
+  const OptionalTensors& tensors;
+  const std::vector<double>& numbers;
 
-  const Problem<T>& problem;
-  UnitRows<T> unit_query;
-  Matrix<const T> query;  // (N, D) the rows that `unit_query` has the factors of
-  std::vector<Kind<T>> kinds;
-  std::vector<T> column_factor;  // (columns,) 1/‖k‖; 1 for those that are no similarities
-  std::vector<T> logit_factor;   // (similarities,) the same, but 1 for a zero row
-  int64_t num_similarities = 0, num_columns = 0;
-
- private:
-  void add(const Columns<T>& columns) {
-    GroupIndex groups = columns.groups == Groups::kOrdinary ? GroupIndex() : GroupIndex(columns.group, columns.count);
-    kinds.push_back({columns, UnitRows<T>(columns.vectors, columns.count, query.columns), num_similarities, std::move(groups)});
-    const UnitRows<T>& unit = kinds.back().unit;
-    column_factor.insert(column_factor.end(), unit.factors(), unit.factors() + columns.count);
-    for (int64_t j = 0; j < columns.count; ++j) {
-      const T factor = unit.factor(j);
-      logit_factor.push_back(factor == 0 ? T(1) : factor);  // −inf, where a column is left out, times 0 would be NaN
-    }
-    num_similarities += columns.count;
+  size_t count() const { return tensors.size() / kNumTensorRules; }
+  bool are_whole() const {
+    return count() > 0 && tensors.size() == count() * kNumTensorRules && numbers.size() == count() * kNumNumberRules;
   }
+  const OptionalTensor& tensor(size_t kind, TensorRule rule) const { return tensors[kind * kNumTensorRules + rule]; }
+  double number(size_t kind, NumberRule rule) const { return numbers[kind * kNumNumberRules + rule]; }
+  // −1 where the number is no code.
+  int64_t code(size_t kind, NumberRule rule) const {
+    const double x = number(kind, rule);
+    return 0 <= x && x <= 2 ? int64_t(x) : -1;
+  }
+  Special special(size_t kind) const { return Special(code(kind, kSpecial)); }
+  Groups groups(size_t kind) const { return Groups(code(kind, kGroups)); }
+  const Tensor& vectors(size_t kind) const { return *tensor(kind, kVectors); }
+  bool wants_gradient(size_t kind) const { return number(kind, kWantsGradient) != 0; }
 };
+
+template <typename T>
+std::vector<Columns<T>> columns_of(const ColumnLists& lists, Tensors& gradients) {
+  std::vector<Columns<T>> found;
+  for (size_t kind = 0; kind < lists.count(); ++kind) {
+    Columns<T> columns;
+    columns.vectors = lists.vectors(kind).const_data_ptr<T>();
+    columns.count = lists.vectors(kind).size(0);
+    columns.special = lists.special(kind);
+    columns.special_column = data<int64_t>(lists.tensor(kind, kSpecialColumn));
+    columns.bias = lists.number(kind, kBias);
+    columns.groups = lists.groups(kind);
+    columns.query_group = data<int64_t>(lists.tensor(kind, kQueryGroup));
+    columns.group = data<int64_t>(lists.tensor(kind, kGroup));
+    columns.gradient = lists.wants_gradient(kind) ? data<T>(gradients[kind]) : nullptr;
+    found.push_back(columns);
+  }
+  return found;
+}
 
 }  // namespace hicl

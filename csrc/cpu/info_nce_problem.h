@@ -4,26 +4,11 @@
 #include <optional>
 #include <vector>
 
-#include "../constants.h"
 #include "block_mixing.h"
+#include "info_nce_columns.h"
 #include "matmul.h"
 
 namespace hicl {
-
-// A kind of column: vectors that every query is compared with, and the rules that hold for them. A new rule is a field
-// here, a line where the operator fills it in (info_nce.cpp), and a line in info_nce_mask.h.
-template <typename T>
-struct Columns {
-  const T* vectors = nullptr;  // (C, D)
-  int64_t count = 0;
-  Special special = Special::kNothing;
-  const int64_t* special_column = nullptr;  // (N,); null: row i's is column i
-  double bias = 0;                          // added to the logit of a row's own negative
-  Groups groups = Groups::kOrdinary;
-  const int64_t* query_group = nullptr;  // (N,), where the groups aren't ordinary
-  const int64_t* group = nullptr;        // (C,), likewise
-  T* gradient = nullptr;                 // out (C, D); null where it isn't wanted
-};
 
 template <typename T>
 struct Problem {

@@ -18,6 +18,7 @@ import hicl_fast
 import hicl_fast.functional as HF
 from hicl_fast import reference
 from hicl_fast.ops.info_nce import torch as chunked_info_nce
+from hicl_fast.ops.info_nce.problem import Problem
 
 BACKENDS = [s.name for s in hicl_fast.backends() if s.available and s.name != "triton"]
 Inputs = dict[str, Tensor]
@@ -286,7 +287,7 @@ def test_compiled(backend: str, reduction: str, symmetric: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_registered_operators(backend: str, dtype: torch.dtype) -> None:
     q, k = (x.to(dtype).requires_grad_() for x in draw(5, 6, 4).values())
-    problem = (q, k, torch.tensor(20.0), None, None, None, None, None, None, 0.0, "exclude", 0.0, False, "default")
+    problem = Problem(q, k, torch.tensor(20.0)).flat()
     wanted = [True, True, False, False, False]
     torch.library.opcheck(torch.ops.hicl_fast.info_nce_mean.default, (*problem, "mean", wanted, backend))
     torch.library.opcheck(torch.ops.hicl_fast.info_nce_rows.default, (*problem, backend))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 import hicl_fast
+from hicl_fast.ops.info_nce.problem import Problem
 from hicl_fast.ops.paradigm.settings import Settings
 
 pytestmark = pytest.mark.skipif(
@@ -285,8 +287,8 @@ def test_numbers_out_of_range(operator: str, arguments: dict[str, Any]) -> None:
 
 
 def _problem(of: dict[str, Any], **options: Any) -> dict[str, Any]:
-    given = {"scale": torch.tensor(20.0), "hard_negative_weight": 0.0, "same_group": "exclude", "margin": 0.0}
-    return of | given | {"symmetric": False, "precision": "default"} | options
+    defaults = {one.name: one.default for one in fields(Problem) if one.default is not MISSING}
+    return defaults | {"scale": torch.tensor(20.0)} | of | options
 
 
 STATISTICS = {"negative_lse": rows(N), "column_lse": rows(0), "loss_grad": rows(N)}

@@ -104,6 +104,11 @@ class Columns:
     def count(self) -> int:
         return self.vectors.shape[0]
 
+    @property
+    def added(self) -> tuple[float, float]:
+        """The least and the most that the rules add to a logit."""
+        return min(self.bias, 0.0), max(self.bias, 0.0)
+
     def contiguous(self) -> Columns:
         """The same, its rules' tensors contiguous, as kernels take them."""
         rules = (self.special_column, self.query_group, self.group)

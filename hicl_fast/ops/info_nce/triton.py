@@ -33,7 +33,7 @@ MIN_CHUNK_ROWS = 2048  # below that, reading and writing dK̂ once a chunk takes
 MOST_CHUNK_BYTES = 4 << 30  # never more, but for a single tile's rows: 2048 rows of a million 16-bit columns
 _ALIGNMENT = 64  # columns; the library's fast products want rows that begin at a multiple of 16 bytes
 
-# Spread of the logits, 2 · scale + |hard_negative_weight|, up to which one offset serves all rows: exponentials from
+# Spread of the logits, 2 · scale and what rules add, up to which one offset serves all rows: exponentials from
 # e^−72 to e^48 leave room to float32's e^±87 for sums over columns (e^17 = 24 million) and factors by row.
 MAX_SPREAD = 120.0
 _LOWEST_EXPONENT = -72.0
@@ -117,12 +117,13 @@ class _Sweeps:
         needs_two = problem.symmetric or self.operands.has_several_positives or self.extra_logits is not None
         if needs_two or self.operands.dtype == torch.float16 or problem.scale.device.type != "cpu":
             return None
-        scale, own_bias = float(problem.scale), problem.hard_negative_weight
-        spread = 2 * scale + abs(own_bias)
+        added = [bound for kind in self.operands.kinds for bound in kind.rules.added]
+        scale, most = float(problem.scale), max(added)
+        spread = 2 * scale + most - min(added)
         if not spread <= MAX_SPREAD:
             return None
         # The nearer to the largest logit the better: exponentials of small numbers are the most exact.
-        return scale + max(own_bias, 0.0) - max(0.0, spread + _LOWEST_EXPONENT)
+        return scale + most - max(0.0, spread + _LOWEST_EXPONENT)
 
     def chunks(self) -> list[slice]:
         num_rows = self.operands.num_rows

@@ -1,5 +1,7 @@
-// A row of raw similarities: its positive, and which of its columns the softmax leaves out or treats by themselves.
+// A row of the loss: its positive, its mask, and the way from raw similarities to logits to exponentials and their sums. Whatever
+// a rule of a kind of column does to a row's logits, it does here.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -7,7 +9,8 @@
 #include <vector>
 
 #include "info_nce_block.h"
-#include "info_nce_columns.h"
+#include "info_nce_prepared.h"
+#include "block_mixing.h"
 #include "rows.h"
 
 namespace hicl {
@@ -90,6 +93,66 @@ T mask_and_scale(const Prepared<T>& p, int64_t i, T* row) {
       for (const int64_t j : kind.of_group(i)) row[kind.first + j] = kLeftOut<T>;
   }
   return row_kernels<T>().to_logits(row, p.logit_factor.data(), T(p.problem.scale), p.num_similarities);
+}
+
+// Sums over a row's exponentials e^(ℓ − best).
+template <typename T>
+struct RowSums {
+  T best;                // the largest logit, the positive's among them
+  double similar = 0;    // over the columns that are similarities and were not set aside, and the mixtures
+  double beyond = 0;     // over the extra logits
+  double own = 0;        // of the row's own negative
+  double moment = 0;     // Σ e^(ℓ − best) · (ℓ − best) over the first, where the scale's gradient is wanted
+  double negative_lse = 0;
+
+  // Σ_j e^(ℓ_j − best) (scale · s_j − ℓ_positive), which doesn't cancel where the loss is small; extra logits have no s.
+  double scale_moment(const SetAside<T>& aside, double positive_logit) const {
+    const double of_own = own > 0 ? own * (double(aside.own_logit) - aside.own_bias - positive_logit) : 0;
+    const double to_best = double(best) - positive_logit;
+    return moment + to_best * similar + of_own - positive_logit * beyond;
+  }
+};
+
+template <typename T>
+using MixingRow = typename BlockMixing<T>::Row;
+
+// Copies the extra logits and the set-aside positives' into the row, and takes the largest of all.
+template <typename T>
+T fill_in(const Prepared<T>& p, int64_t i, T* row, const Positive& positive, const SetAside<T>& aside, T best,
+          MixingRow<T>* mixing) {
+  const int64_t num_extra = p.problem.num_extra;
+  T *extra = row + p.num_similarities, *mixed = extra + num_extra;
+  best = std::max({best, T(positive.logit), aside.own_logit});
+  if (mixing) best = std::max(best, mixing->mix(i, p.unit_query.factor(i), T(p.problem.scale), row, mixed));
+  for (const auto& [column, logit] : aside.positives) row[column] = logit, best = std::max(best, logit);
+  for (int64_t e = 0; e < num_extra; ++e) {
+    extra[e] = p.problem.extra_logits[i * num_extra + e];
+    best = std::max(best, extra[e]);
+  }
+  return best;
+}
+
+// In place of the row's logits e^(ℓ − best) · ‖k‖⁻¹, and their sums.
+template <typename T>
+RowSums<T> exponentiate(const Prepared<T>& p, T* row, const SetAside<T>& aside, T best, bool wants_moment) {
+  const RowKernels<T>& k = row_kernels<T>();
+  const T* factors = p.column_factor.data();
+  const int64_t num_extra = p.problem.num_extra, num_mixed = p.num_columns - p.num_similarities - num_extra;
+  RowSums<T> sums{best};
+  const auto exponentials = [&](int64_t first, int64_t count) {
+    if (!wants_moment) return k.exp_in_place(row + first, factors + first, best, count);
+    T part = 0;
+    const T total = k.exp_in_place_with_moment(row + first, factors + first, best, count, &part);
+    sums.moment += double(part);
+    return total;
+  };
+  sums.similar = exponentials(0, p.num_similarities);
+  if (num_mixed) sums.similar += exponentials(p.num_similarities + num_extra, num_mixed);
+  if (num_extra)
+    sums.beyond = double(k.exp_in_place(row + p.num_similarities, factors + p.num_similarities, best, num_extra));
+  sums.own = std::exp(double(aside.own_logit) - double(best));
+  sums.negative_lse = double(best) + std::log(sums.similar + sums.beyond + sums.own);
+  return sums;
 }
 
 }  // namespace hicl
