@@ -11,6 +11,7 @@ from torch import Tensor
 import hicl_fast.functional as functional
 import hicl_fast.reference as reference
 from tests.conftest import INTERPRETING
+from tests.ops.test_mixed_negatives import test_a_mixture_vanishes_at_sixteen_roundings_of_its_parts as at_the_bound
 
 pytestmark = pytest.mark.triton
 interpreted = pytest.mark.interpret
@@ -97,6 +98,11 @@ def test_what_vanishes_is_zero() -> None:
     logits.backward(torch.ones_like(logits))
     assert query.grad is not None and bank.grad is not None
     assert not logits.any() and not query.grad.any() and not bank.grad.any()
+
+
+@interpreted
+def test_when_a_mixture_vanishes() -> None:
+    at_the_bound("triton")
 
 
 @interpreted

@@ -13,6 +13,7 @@ from torch import Tensor
 import hicl_fast
 import hicl_fast.functional as HF
 from hicl_fast import reference
+from hicl_fast.ops.common.constants import VANISHING
 
 BACKENDS = [s.name for s in hicl_fast.backends() if s.available and s.name != "triton"]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -230,3 +231,18 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception],
     }
     with pytest.raises(error, match=message):
         HF.mixed_negative_logits(**{**arguments, **change})
+
+
+def of_nearly_opposite(deviation: float, **options: Any) -> float:
+    """cos(q, g) of g = (n + n')/2 with n' = −n but for ``deviation`` along q: 1, or 0 where g is taken to vanish."""
+    query, bank = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0], [-1.0, deviation]])
+    index, pairs = torch.tensor([[0, 1]]), torch.tensor([[[0, 1]]])
+    return float(HF.mixed_negative_logits(query, bank, index, pairs, temperature=1.0, **options))
+
+
+@every_backend
+def test_a_mixture_vanishes_at_sixteen_roundings_of_its_parts(backend: str) -> None:
+    """‖g‖² against that many roundings of ‖αn‖² + ‖(1 − α)n'‖² = 1/2, in float32."""
+    bound = 2 * (VANISHING * torch.finfo(torch.float32).eps / 2) ** 0.5
+    assert of_nearly_opposite(0.9 * bound, backend=backend) == 0
+    assert of_nearly_opposite(1.2 * bound, backend=backend) > 0.5
