@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,7 +61,7 @@ INDICES = (
     "order_ptr",
 )
 PLACES = ("nearest_ptr", "column_index_ptr")
-FLOATS = ("bias", "amplitude", "floor", "temperature", "parameter")
+SIZES = re.compile(r"num_\w+|dim|first_\w+|parts|part_cols|k|\w+_stride|distance")  # the other numbers are float32
 
 # With every feature on, a kernel needs the most; plain is what the plain loss runs.
 FEATURES: dict[str, tuple[Any, dict[str, Any], str]] = {
@@ -107,7 +108,8 @@ def table() -> Iterator[list[str]]:
 def _types(names: list[str], operand: str) -> dict[str, str]:
     types = {name: "*fp32" for name in names if name.endswith("_ptr")}
     types |= dict.fromkeys(OPERANDS, f"*{operand}") | dict.fromkeys(INDICES, "*i64") | dict.fromkeys(PLACES, "*i32")
-    return types | dict.fromkeys(FLOATS, "fp32") | {"distance": "i64"}
+    numbers = {name: "fp32" for name in names if name not in types and name.islower() and not SIZES.fullmatch(name)}
+    return types | numbers | {"distance": "i64"}
 
 
 def _check(arch: str, operand: str, name: str, needs: Resources, table: list[str]) -> None:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import hicl_fast
-from hicl_fast.ops.info_nce.problem import Problem
+from hicl_fast.ops.common.constants import Special
+from hicl_fast.ops.info_nce import cpp
+from hicl_fast.ops.info_nce.problem import Columns, Problem
 from hicl_fast.ops.paradigm.settings import Settings
 
 pytestmark = pytest.mark.skipif(
@@ -51,30 +53,35 @@ INFO_NCE: dict[str, Any] = {
 PLAIN = {**dict.fromkeys(INFO_NCE), "query": rows(N, D), "key": rows(N, D)}
 
 
-class Kind(NamedTuple):
-    """A kind of column, its tensors first, as the C++ operator takes them."""
-
-    vectors: Tensor
-    special_column: Tensor | None = None
-    query_group: Tensor | None = None
-    group: Tensor | None = None
-    wants_gradient: float = 1.0
-    special: float = 0.0
-    bias: float = 0.0
-    groups: float = 0.0
-
-
-def columns(*kinds: Kind) -> dict[str, list[Any]]:
+def columns(*kinds: Columns) -> dict[str, list[Any]]:
+    """As the C++ operator takes them."""
     return {
-        "column_tensors": [x for kind in kinds for x in kind[:4]],
-        "column_numbers": [x for kind in kinds for x in kind[4:]],
+        "column_tensors": [x for kind in kinds for x in cpp.tensors_of(kind)],
+        "column_numbers": [float(x) for kind in kinds for x in cpp.numbers_of(kind)],
     }
 
 
-KEYS = Kind(rows(M, D), to_last(N, M), torch.arange(N), torch.arange(M), special=1, groups=1)
-OWN = Kind(rows(N, D), special=2, bias=0.5)
-BANK = Kind(rows(3, D), wants_gradient=0)
-PLAIN_KEYS = Kind(rows(N, D), special=1)
+def keys(**rules: Any) -> Columns:
+    in_groups = {"groups": 1, "query_group": torch.arange(N), "group": torch.arange(M)}
+    return Columns(
+        **{"name": "key", "vectors": rows(M, D), "wants_gradient": True, "special": 1}
+        | {"special_column": to_last(N, M)}
+        | in_groups
+        | rules
+    )
+
+
+def own(**rules: Any) -> Columns:
+    return Columns(
+        **{"name": "negatives", "vectors": rows(N, D), "wants_gradient": True, "special": 2, "bias": 0.5} | rules
+    )
+
+
+def plain_keys(n: int = N, d: int = D) -> Columns:
+    return Columns("key", rows(n, d), wants_gradient=True, special=Special.POSITIVE)
+
+
+KEYS, OWN, BANK = keys(), own(), Columns("bank", rows(3, D), wants_gradient=False)
 OPTIONS = {"row_weight": 1.0, "scale": 20.0, "margin": 0.0, "symmetric": False}
 MIXES_NOTHING = {"mixed_pairs": None, "k": 0, "alpha": 0.5}
 WANTS_ALL = {"wants_query": True, "wants_extra_logits": True, "wants_scale": True}
@@ -101,13 +108,13 @@ CPP = [
     ),
     Call(
         "info_nce",
-        {"query": rows(N, D), **columns(PLAIN_KEYS), "extra_logits": None, "loss_grad": None}
+        {"query": rows(N, D), **columns(plain_keys()), "extra_logits": None, "loss_grad": None}
         | REST
         | {"symmetric": True},
     ),
     Call(
         "info_nce",
-        {"query": rows(N, D), **columns(PLAIN_KEYS), "extra_logits": None, "loss_grad": None}
+        {"query": rows(N, D), **columns(plain_keys()), "extra_logits": None, "loss_grad": None}
         | REST
         | {"mixed_pairs": PAIRS, "k": K},
         ("column_tensors[0]: dimension 0 larger", "mixed_pairs: dimension 1"),
@@ -231,21 +238,21 @@ def test_gradients_of_terms(name: str) -> None:
         *(
             ("info_nce", CPP[0].arguments | columns(*kinds))
             for kinds in (
-                (KEYS._replace(special_column=torch.full((N,), M)), OWN, BANK),
-                (KEYS._replace(special_column=torch.full((N,), -1)), OWN, BANK),
-                (KEYS, OWN._replace(special_column=torch.full((N,), N)), BANK),
-                (KEYS._replace(query_group=None), OWN, BANK),
-                (KEYS._replace(query_group=None, group=None), OWN, BANK),
-                (KEYS, OWN._replace(groups=2), BANK),
-                (KEYS._replace(groups=3), OWN, BANK),
-                (KEYS._replace(groups=-1), OWN, BANK),
-                (KEYS._replace(special=2), OWN, BANK),
-                (KEYS, OWN._replace(special=1), BANK),
-                (KEYS, OWN._replace(special=3), BANK),
-                (KEYS, OWN._replace(special=-1), BANK),
-                (KEYS, OWN._replace(special=torch.nan), BANK),
+                (keys(special_column=torch.full((N,), M)), OWN, BANK),
+                (keys(special_column=torch.full((N,), -1)), OWN, BANK),
+                (KEYS, own(special_column=torch.full((N,), N)), BANK),
+                (keys(query_group=None), OWN, BANK),
+                (keys(query_group=None, group=None), OWN, BANK),
+                (KEYS, own(groups=2), BANK),
+                (keys(groups=3), OWN, BANK),
+                (keys(groups=-1), OWN, BANK),
+                (keys(special=2), OWN, BANK),
+                (KEYS, own(special=1), BANK),
+                (KEYS, own(special=3), BANK),
+                (KEYS, own(special=-1), BANK),
+                (KEYS, own(special=torch.nan), BANK),
                 (KEYS, OWN, OWN),
-                (KEYS._replace(vectors=None), OWN, BANK),
+                (keys(vectors=None), OWN, BANK),
                 (),
             )
         ),
@@ -255,10 +262,10 @@ def test_gradients_of_terms(name: str) -> None:
             for changed in (x[:-1], [*x, x[-1]], x[:4])
         ),
         ("info_nce", CPP[0].arguments | {"symmetric": True}),
-        ("info_nce", CPP[1].arguments | columns(PLAIN_KEYS._replace(vectors=rows(N + 1, D)))),
-        ("info_nce", CPP[1].arguments | {"symmetric": False} | columns(PLAIN_KEYS._replace(vectors=rows(N - 1, D)))),
-        ("info_nce", CPP[1].arguments | {"query": rows(0, D)} | columns(PLAIN_KEYS._replace(vectors=rows(0, D)))),
-        ("info_nce", CPP[1].arguments | {"query": rows(N, 0)} | columns(PLAIN_KEYS._replace(vectors=rows(N, 0)))),
+        ("info_nce", CPP[1].arguments | columns(plain_keys(N + 1, D))),
+        ("info_nce", CPP[1].arguments | {"symmetric": False} | columns(plain_keys(N - 1, D))),
+        ("info_nce", CPP[1].arguments | {"query": rows(0, D)} | columns(plain_keys(0, D))),
+        ("info_nce", CPP[1].arguments | {"query": rows(N, 0)} | columns(plain_keys(N, 0))),
         ("info_nce", CPP[2].arguments | {"k": 0}),
         ("info_nce", CPP[2].arguments | {"k": N + 1}),
         ("info_nce", CPP[2].arguments | {"k": K - 1}),

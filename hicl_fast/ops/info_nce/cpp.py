@@ -18,8 +18,8 @@ MIXES_WHILE_SWEEPING = True  # `forward` takes a Mixing
 
 # Of each kind of column the operator takes the tensors and the numbers among its fields, in their order.
 _is_tensor = {one.name: "Tensor" in str(one.type) for one in fields(Columns) if one.name != "name"}
-_tensors_of = operator.attrgetter(*(name for name, is_tensor in _is_tensor.items() if is_tensor))
-_numbers_of = operator.attrgetter(*(name for name, is_tensor in _is_tensor.items() if not is_tensor))
+tensors_of = operator.attrgetter(*(name for name, is_tensor in _is_tensor.items() if is_tensor))
+numbers_of = operator.attrgetter(*(name for name, is_tensor in _is_tensor.items() if not is_tensor))
 
 
 def forward(
@@ -44,8 +44,8 @@ def _run(
     with torch._C._AutoDispatchBelowAutograd():
         loss, negative_lse, column_lse, positive, hardest, total, *gradients, hard_negatives = _operator()(
             _ready(problem.query, dtype),
-            [_ready(x, dtype) for columns in kinds for x in _tensors_of(columns)],
-            [float(x) for columns in kinds for x in _numbers_of(columns)],
+            [_ready(x, dtype) for columns in kinds for x in tensors_of(columns)],
+            [float(x) for columns in kinds for x in numbers_of(columns)],
             _ready(problem.extra_logits, dtype),
             _ready(loss_grad, dtype),
             row_weight,
