@@ -139,6 +139,22 @@ def files_of_tests(shown: Shown, folder: Path) -> None:
     assert files and all((ROOT / file).exists() for file in files)
 
 
+def breaks(shown: Shown, folder: Path) -> None:
+    """What it would break: each takes a minute. tests/tools breaks one."""
+    from tools import breaks
+
+    assert breaks.main(["--list"]) == 0
+
+
+def same_bits(shown: Shown, folder: Path) -> None:
+    """Of the smallest size."""
+    from tools import same_bits
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(same_bits, "SIZES", same_bits.SIZES[:1])
+        assert same_bits.main([*shown.arguments, "--backend", "torch"]) == 0
+
+
 def of_others(shown: Shown, folder: Path) -> None:
     """SimCSE's own program, which is not here."""
 
@@ -154,6 +170,8 @@ SHORT: dict[str, Short] = {
     "python benchmarks/hard_negatives.py": program(SMALL, "--batch-sizes 12 -k 4 --num-mixed 5 --rivals none"),
     "python benchmarks/paradigm.py": program(SMALL, "--batch-sizes 12 --objectives mpt mhe"),
     "python benchmarks/training_table.py": training_table,
+    "python -m tools.breaks": breaks,
+    "python -m tools.same_bits": same_bits,
     "python train.py": of_others,
     "python -m pytest": files_of_tests,
     "python -m pip": packages,

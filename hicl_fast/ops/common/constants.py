@@ -1,6 +1,6 @@
 """The numbers and names that define the mathematics, shared by reference, operators and kernels. It imports none of them.
 
-csrc/ has copies of its own (``kNormFloor``, ...); a test holds them equal to these.
+csrc/constants.h has copies (``kNormFloor``, ...); tests/csrc/test_constants.py holds them equal to these.
 """
 
 from __future__ import annotations
