@@ -37,7 +37,7 @@ test-main: $(BUILT) ## the tests but those in Triton's interpreter
 
 # What fails here fails for a reason that is no GPU's.
 test-gpu-on-cpu: $(BUILT) ## tests/gpu on the CPU: the losses on the backend torch, the CUDA kernels emulated
-	HICL_FAST_GPU_TESTS_DEVICE=cpu $(PYTEST) tests/gpu $(ARGS)
+	HICL_FAST_GPU_TESTS_DEVICE=cpu $(PYTEST) -n $(JOBS) --dist worksteal tests/gpu $(ARGS)
 
 # test-main takes the widest set of row kernels that the processor has; here are the others.
 NUMERICAL := tests/ops tests/integrations/test_sentence_transformers.py

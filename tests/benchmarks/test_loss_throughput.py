@@ -14,7 +14,7 @@ import rivals
 import torch
 from torch import Tensor
 
-SMALL = ["--batch-sizes", "8", "33", "--dim", "24", "--seconds", "2", "--device", "cpu"]
+SMALL = ["--batch-sizes", "8", "33", "--dim", "24", "--seconds", "0.2", "--device", "cpu"]
 
 
 def test_table_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,8 @@ from tests.cuda import emulation
 
 
 @pytest.fixture(scope="session")
-def _operators(tmp_path_factory: pytest.TempPathFactory) -> None:
-    emulation.load(tmp_path_factory.mktemp("cuda"))
+def _operators() -> None:
+    emulation.load()
 
 
 @pytest.fixture

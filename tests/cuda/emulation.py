@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,15 +47,34 @@ def build(folder: Path, sources: list[Path], name: str) -> Path:
     return library
 
 
-def load(folder: Path) -> None:
-    """Registers the emulated operators, built in ``folder``; skips the test where that can't be."""
+def built() -> Path:
+    """The library of all sources, built once for all processes of tests and all runs until something that it is made of changes."""
+    sources = sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")])
+    made_of = [*sources, *SOURCES.glob("*.*h"), *SOURCES.parent.glob("*.h"), EMULATOR, *EMULATOR.parent.glob("*.h")]
+    digest = hashlib.sha256(f"{COMPILER} {FLAGS} {torch.__version__}".encode())
+    for path in sorted(set(made_of)):
+        digest.update(path.read_bytes())
+    kept = ROOT / "build" / "emulated"
+    library = kept / f"{digest.hexdigest()[:16]}.so"
+    kept.mkdir(parents=True, exist_ok=True)
+    with (kept / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the second process waits for the first one's
+        if not library.exists():
+            for old in kept.glob("*.so"):
+                old.unlink()
+            with tempfile.TemporaryDirectory(dir=kept) as folder:
+                build(Path(folder), sources, library.name).replace(library)
+    return library
+
+
+def load() -> None:
+    """Registers the emulated operators; skips the test where that can't be."""
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     registry.backends()  # loads the extension, if there is one
     if hasattr(torch.ops.hicl_fast_cuda, "segment_pool"):
         pytest.skip("the extension has the real kernels under the emulated ones' names")
-    sources = sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")])
-    torch.ops.load_library(build(folder, sources, "emulated.so"))
+    torch.ops.load_library(built())
 
 
 @contextlib.contextmanager

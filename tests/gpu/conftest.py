@@ -12,12 +12,12 @@ from tests.gpu.device import IS_GPU
 
 
 @pytest.fixture(scope="session")
-def cuda_backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def cuda_backend() -> Iterator[None]:
     if IS_GPU:
         if not registry.is_available("cuda"):
             pytest.skip("the extension has no CUDA kernels")
         yield
         return
-    emulation.load(tmp_path_factory.mktemp("cuda"))
+    emulation.load()
     with emulation.on_the_cpu(preferred=True):
         yield

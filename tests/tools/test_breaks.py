@@ -28,7 +28,7 @@ def test_they_reach_every_layer() -> None:
 @pytest.mark.slow
 def test_one_is_seen_and_one_that_changes_nothing_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     breaks.copy_of_the_checkout(tmp_path)
-    real = next(one for one in breaks.BREAKS if one.name == "queue-turns")
+    real = next(one for one in breaks.BREAKS if one.name == "temperature-bound")
     seen = breaks.attempt(real, tmp_path)
     assert seen.is_seen and any("tests/losses" in test for test in seen.by) and seen.num_passed
     assert not breaks.misfit(real, tmp_path)  # it was undone

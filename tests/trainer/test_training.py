@@ -233,8 +233,7 @@ def start(arguments: list[str], cwd: Path) -> subprocess.Popen[bytes]:
     "options",
     [
         {"method": "simcse"},
-        {"method": "hicl"},
-        {"method": "hncse", "bank": "previous", "queue_size": 300},  # still half full at the checkpoint
+        {"method": "hicl+hncse", "bank": "previous", "queue_size": 300},  # still half full at the checkpoint
     ],
     ids=lambda options: options["method"],
 )
