@@ -48,7 +48,7 @@ def build(folder: Path, sources: list[Path], name: str) -> Path:
 
 
 def built() -> Path:
-    """The library of all sources, built once for all processes of tests and all runs until something that it is made of changes."""
+    """The library of all sources: built once for all processes and runs of tests, until something that it is made of changes."""
     sources = sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")])
     made_of = [*sources, *SOURCES.glob("*.*h"), *SOURCES.parent.glob("*.h"), EMULATOR, *EMULATOR.parent.glob("*.h")]
     digest = hashlib.sha256(f"{COMPILER} {FLAGS} {torch.__version__}".encode())
