@@ -172,44 +172,54 @@ def any_within(special, first_col, BLOCK_COLS: tl.constexpr):
 
 
 @triton.jit
+def has_left_out(
+    row_tile,
+    col_tile,
+    special,  # (BLOCK_ROWS,) each row's special column
+    num_rows,
+    num_cols,
+    SPECIAL: tl.constexpr,
+    ROWS_TOO: tl.constexpr,  # those past the last as well
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """Whether the mask has to look at a tile element by element for positives and for what lies past the end."""
+    first_row, first_col = row_tile * BLOCK_ROWS, col_tile * BLOCK_COLS
+    found = first_col + BLOCK_COLS > num_cols
+    if ROWS_TOO:
+        found = (first_row + BLOCK_ROWS > num_rows) | found
+    if SPECIAL == POSITIVE:
+        found = found | any_within(special, first_col, BLOCK_COLS)
+    return found
+
+
+@triton.jit
 def leave_out(
     x,  # (BLOCK_ROWS, BLOCK_COLS)
     FILL: tl.constexpr,  # what stands in place of an element that is left out
-    row_tile,
-    col_tile,
+    some,  # of ``has_left_out``
     rows,
     cols,
-    special,  # (BLOCK_ROWS,) each row's special column
+    special,  # (BLOCK_ROWS,)
     query_group_ptr,
     key_group_ptr,
     num_rows,
     num_cols,
     SPECIAL: tl.constexpr,
     GROUPS: tl.constexpr,
-    ROWS_TOO: tl.constexpr,  # those past the last as well
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
+    ROWS_TOO: tl.constexpr,
 ):
-    """The mask: x without its rows' positives, excluded groups and what lies past the end.
-
-    Only tiles that have a positive or an end look for it element by element.
-    """
-    first_row, first_col = row_tile * BLOCK_ROWS, col_tile * BLOCK_COLS
-    has_left_out = first_col + BLOCK_COLS > num_cols
-    if ROWS_TOO:
-        has_left_out = has_left_out | (first_row + BLOCK_ROWS > num_rows)
-    if SPECIAL == POSITIVE:
-        has_left_out = has_left_out | any_within(special, first_col, BLOCK_COLS)
-    if has_left_out:
+    """The mask: x without excluded groups, its rows' positives and what lies past the end."""
+    if GROUPS == EXCLUDED:  # first: the other way round, a kernel for sm_90 takes up to 70 registers more
+        in_group = same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols)
+        x = tl.where(in_group, FILL, x)
+    if some:
         counts = (cols < num_cols)[None, :]
         if ROWS_TOO:
             counts = counts & (rows < num_rows)[:, None]
         if SPECIAL == POSITIVE:
             counts = counts & (cols[None, :] != special[:, None])
         x = tl.where(counts, x, FILL)
-    if GROUPS == EXCLUDED:
-        in_group = same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols)
-        x = tl.where(in_group, FILL, x)
     return x
 
 

@@ -24,6 +24,7 @@ from hicl_fast.kernels.cosine_tile import (
     OWN_NEGATIVE,
     POSITIVES,
     Similarities,
+    has_left_out,
     inverses,
     leave_out,
     same_group,
@@ -171,9 +172,10 @@ def exp_kernel(
             program, query, key, query_inverse_ptr, key_inverse_ptr, special_ptr, num_rows, num_cols, dim,
             SPECIAL, PRECISION, DESCRIBED, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, BAND,
         )  # fmt: skip
+        some = has_left_out(row_tile, col_tile, special, num_rows, num_cols, SPECIAL, False, BLOCK_ROWS, BLOCK_COLS)
         y = leave_out(
-            y, float("-inf"), row_tile, col_tile, rows, cols, special, query_group_ptr, key_group_ptr, num_rows, num_cols,
-            SPECIAL, GROUPS, False, BLOCK_ROWS, BLOCK_COLS,
+            y, float("-inf"), some, rows, cols, special, query_group_ptr, key_group_ptr, num_rows, num_cols,
+            SPECIAL, GROUPS, False,
         )  # fmt: skip
         store_hardest(partials_ptr, plane_stride, col_tile, rows, num_rows, y, query_inverse)
 
@@ -254,9 +256,10 @@ def statistics_kernel(
             program, query, key, query_inverse_ptr, key_inverse_ptr, special_ptr, num_rows, num_cols, dim,
             SPECIAL, PRECISION, DESCRIBED, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, BAND,
         )  # fmt: skip
+        some = has_left_out(row_tile, col_tile, special, num_rows, num_cols, SPECIAL, True, BLOCK_ROWS, BLOCK_COLS)
         y = leave_out(
-            y, float("-inf"), row_tile, col_tile, rows, cols, special, query_group_ptr, key_group_ptr, num_rows, num_cols,
-            SPECIAL, GROUPS, True, BLOCK_ROWS, BLOCK_COLS,
+            y, float("-inf"), some, rows, cols, special, query_group_ptr, key_group_ptr, num_rows, num_cols,
+            SPECIAL, GROUPS, True,
         )  # fmt: skip
         x = exponents(y, query_inverse, scale_ptr, 0.0, cols, special, bias, SPECIAL)
         if GROUPS == POSITIVES:
@@ -340,6 +343,7 @@ def similarity_gradient_kernel(
             program, query, key, query_inverse_ptr, key_inverse_ptr, special_ptr, num_rows, num_cols, dim,
             SPECIAL, PRECISION, DESCRIBED, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, BAND,
         )  # fmt: skip
+        some = has_left_out(row_tile, col_tile, special, num_rows, num_cols, SPECIAL, False, BLOCK_ROWS, BLOCK_COLS)
         x = exponents(y, query_inverse, scale_ptr, 0.0, cols, special, bias, SPECIAL)
         row = tl.minimum(rows, num_rows - 1)
         row_shift, row_factor = tl.load(row_offset_ptr + row) * LOG2_E, tl.load(row_factor_ptr + row)
@@ -352,8 +356,8 @@ def similarity_gradient_kernel(
             in_group = same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols)
             gradient -= tl.where(in_group, tl.load(positives_share_ptr + row)[:, None], 0.0)
         gradient = leave_out(
-            gradient, 0.0, row_tile, col_tile, rows, cols, special, query_group_ptr, key_group_ptr, num_rows, num_cols,
-            SPECIAL, GROUPS, False, BLOCK_ROWS, BLOCK_COLS,
+            gradient, 0.0, some, rows, cols, special, query_group_ptr, key_group_ptr, num_rows, num_cols,
+            SPECIAL, GROUPS, False,
         )  # fmt: skip
         if WANTS_DOT:
             dot = tl.sum(gradient * y, axis=1) * query_inverse
