@@ -14,7 +14,7 @@
 namespace hicl {
 namespace {
 
-// What else the operator takes, and is asked for.
+// What the operator takes and is asked for.
 struct Arguments {
   const Tensor& query;
   ColumnLists columns;
@@ -45,8 +45,7 @@ void check_columns(const TensorChecks& check, const ColumnLists& columns, size_t
   check.that(special == Special::kNothing || place || n <= count, name("vectors").c_str(), "expected at least ", n,
              " rows, one for each query, or a special column for each, got ", count);
   const Groups groups = columns.groups(kind);
-  check.that(groups >= Groups::kOrdinary, name("groups").c_str(), "expected 0 to 2, got ",
-             columns.number(kind, kGroups));
+  check.that(groups >= Groups::kOrdinary, name("groups").c_str(), "expected 0 to 2, got ", columns.number(kind, kGroups));
   const OptionalTensor& group = columns.tensor(kind, kGroup);
   check.groups(columns.tensor(kind, kQueryGroup), n, group, count);
   check.that(groups == Groups::kOrdinary || group, name("group").c_str(), "expected a tensor, got none");
@@ -93,49 +92,73 @@ void compute(const Problem<T>& problem, const Results<T>& out, int64_t block_byt
   *out.total = T(problem.common_weight * std::accumulate(out.loss, out.loss + n, 0.0));
 }
 
+// The results' tensors; one that isn't wanted is empty.
 template <typename T>
-Result run(const Arguments& a, int64_t block_bytes) {
-  const int64_t n = a.query.size(0), d = a.query.size(1), m = a.columns.vectors(0).size(0);
-  const auto wanted = [](bool is_wanted, int64_t rows, int64_t columns) {
-    return is_wanted ? new_tensor<T>({rows, columns}) : new_tensor<T>({0});
-  };
+struct ResultTensors {
+  explicit ResultTensors(const Arguments& a) {
+    const int64_t n = a.query.size(0), d = a.query.size(1), m = a.columns.vectors(0).size(0);
+    const auto matrix = [](bool is_wanted, int64_t rows, int64_t columns) {
+      return is_wanted ? new_tensor<T>({rows, columns}) : new_tensor<T>({0});
+    };
+    loss = new_tensor<T>({n}), positive = new_tensor<T>({n}), hardest = new_tensor<T>({n});
+    negative_lse = new_tensor<T>({n}), column_lse = new_tensor<T>({a.symmetric ? m : 0}), total = new_tensor<T>({});
+    query_gradient = matrix(a.wants_query, n, d);
+    extra_gradient = matrix(a.wants_extra_logits, n, a.extra_logits ? a.extra_logits->size(1) : 0);
+    scale_gradient = a.wants_scale ? new_tensor<T>({}) : new_tensor<T>({0});
+    for (size_t kind = 0; kind < a.columns.count(); ++kind)
+      column_gradients.push_back(matrix(a.columns.wants_gradient(kind), a.columns.vectors(kind).size(0), d));
+    hard_negatives = new_tensor<int64_t>({a.mixed_pairs ? n : 0, a.mixed_pairs ? a.k : 0});
+  }
+
+  Results<T> results(const Arguments& a) {
+    Results<T> out;
+    out.loss = data<T>(loss), out.positive = data<T>(positive), out.hardest = data<T>(hardest);
+    out.negative_lse = data<T>(negative_lse), out.column_lse = data<T>(column_lse), out.total = data<T>(total);
+    if (a.wants_query) out.query_gradient = data<T>(query_gradient);
+    if (a.wants_extra_logits) out.extra_gradient = data<T>(extra_gradient);
+    if (a.wants_scale) out.scale_gradient = data<T>(scale_gradient);
+    return out;
+  }
+  Result in_order() const {
+    return {loss,           negative_lse,     column_lse,     positive,       hardest,       total,
+            query_gradient, column_gradients, extra_gradient, scale_gradient, hard_negatives};
+  }
+
+  Tensor loss, negative_lse, column_lse, positive, hardest, total, query_gradient, extra_gradient, scale_gradient;
+  Tensors column_gradients;
+  Tensor hard_negatives;
+};
+
+template <typename T>
+Problem<T> problem_of(const Arguments& a, ResultTensors<T>& tensors) {
+  const int64_t n = a.query.size(0), d = a.query.size(1);
   Problem<T> problem;
   problem.query = {a.query.const_data_ptr<T>(), n, d, d};
-  Tensors column_gradients;
-  for (size_t kind = 0; kind < a.columns.count(); ++kind)
-    column_gradients.push_back(wanted(a.columns.wants_gradient(kind), a.columns.vectors(kind).size(0), d));
-  problem.columns = columns_of<T>(a.columns, column_gradients);
+  problem.columns = columns_of<T>(a.columns, tensors.column_gradients);
   problem.extra_logits = data<T>(a.extra_logits);
   problem.num_extra = a.extra_logits ? a.extra_logits->size(1) : 0;
-  Tensor hard_negatives = new_tensor<int64_t>({a.mixed_pairs ? n : 0, a.mixed_pairs ? a.k : 0});
   if (a.mixed_pairs)
-    problem.mixing = {data<int64_t>(a.mixed_pairs), data<int64_t>(hard_negatives), a.mixed_pairs->size(1), a.k, a.alpha};
+    problem.mixing = {data<int64_t>(a.mixed_pairs), data<int64_t>(tensors.hard_negatives), a.mixed_pairs->size(1), a.k,
+                      a.alpha};
   problem.scale = a.scale, problem.margin = a.margin, problem.symmetric = a.symmetric;
   problem.common_weight = a.row_weight, problem.row_weight = data<T>(a.loss_grad);
-
-  Tensor loss = new_tensor<T>({n}), negative_lse = new_tensor<T>({n}), positive = new_tensor<T>({n}),
-         hardest = new_tensor<T>({n}), column_lse = new_tensor<T>({a.symmetric ? m : 0}), total = new_tensor<T>({});
-  Tensor query_gradient = wanted(a.wants_query, n, d),
-         extra_gradient = wanted(a.wants_extra_logits, n, problem.num_extra),
-         scale_gradient = a.wants_scale ? new_tensor<T>({}) : new_tensor<T>({0});
-  Results<T> out;
-  out.loss = data<T>(loss), out.positive = data<T>(positive), out.hardest = data<T>(hardest);
-  out.negative_lse = data<T>(negative_lse), out.column_lse = data<T>(column_lse), out.total = data<T>(total);
-  if (a.wants_query) out.query_gradient = data<T>(query_gradient);
-  if (a.wants_extra_logits) out.extra_gradient = data<T>(extra_gradient);
-  if (a.wants_scale) out.scale_gradient = data<T>(scale_gradient);
-
-  compute(problem, out, block_bytes);
-  return {loss,           negative_lse,     column_lse,     positive,       hardest,       total,
-          query_gradient, column_gradients, extra_gradient, scale_gradient, hard_negatives};
+  return problem;
 }
 
-Result info_nce(const Tensor& query, OptionalTensors tensors, std::vector<double> numbers, const OptionalTensor& extra_logits, const OptionalTensor& loss_grad,
-                double row_weight, double scale, double margin, bool symmetric, const OptionalTensor& mixed_pairs, int64_t k,
-                double alpha, bool wants_query, bool wants_extra_logits, bool wants_scale, int64_t block_bytes) {
+template <typename T>
+Result run(const Arguments& a, int64_t block_bytes) {
+  ResultTensors<T> tensors(a);
+  compute(problem_of(a, tensors), tensors.results(a), block_bytes);
+  return tensors.in_order();
+}
+
+Result info_nce(const Tensor& query, OptionalTensors column_tensors, std::vector<double> column_numbers,
+                const OptionalTensor& extra_logits, const OptionalTensor& loss_grad, double row_weight, double scale,
+                double margin, bool symmetric, const OptionalTensor& mixed_pairs, int64_t k, double alpha, bool wants_query,
+                bool wants_extra_logits, bool wants_scale, int64_t block_bytes) {
   const Arguments arguments{
       query,
-      {tensors, numbers},
+      {column_tensors, column_numbers},
       extra_logits, loss_grad, mixed_pairs, row_weight, scale, margin, symmetric, k, alpha,
       wants_query, wants_extra_logits, wants_scale};
   check_arguments(arguments);
