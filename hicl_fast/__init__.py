@@ -1,6 +1,6 @@
 """Contrastive losses for sentence embeddings as custom kernels."""
 
-from hicl_fast import functional
+from hicl_fast import functional, reference
 from hicl_fast.losses import (
     FusedHiCLLoss,
     FusedInfoNCELoss,
@@ -27,4 +27,5 @@ __all__ = [
     "__version__",
     "backends",
     "functional",
+    "reference",
 ]

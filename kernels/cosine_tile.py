@@ -210,7 +210,7 @@ def leave_out(
     ROWS_TOO: tl.constexpr,
 ):
     """The mask: x without excluded groups, its rows' positives and what lies past the end."""
-    if GROUPS == EXCLUDED:  # first: the other way round, a kernel for sm_90 takes up to 70 registers more
+    if GROUPS == EXCLUDED:  # first: the other way round, a kernel for sm_90 takes up to 49 registers more
         in_group = same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols)
         x = tl.where(in_group, FILL, x)
     if some:

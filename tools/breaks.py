@@ -457,7 +457,7 @@ def attempt(one: Break, folder: Path) -> Seen:
 
 def _compile(folder: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", "--force"],
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
         cwd=folder, capture_output=True, text=True, env={**os.environ, "HICL_FAST_BUILD": "require"},
     )  # fmt: skip
     return "" if done.returncode == 0 else f"it doesn't compile: {done.stderr[-400:]}"

@@ -91,6 +91,23 @@ def _negatives(n: int, m: int, d: int) -> Tensor:
     return _rows(n, d, seed=5)
 
 
+def _odd(n: int, m: int, d: int) -> Inputs:
+    """A row of zeros, one below the norm's floor, equal rows."""
+    inputs = _pair(n, m, d)
+    inputs["query"][0], inputs["key"][1] = 0, 0
+    inputs["query"][2] *= 1e-20
+    inputs["key"][3] = inputs["key"][4]
+    return inputs
+
+
+def _in_one_pass(backend: str, query: Tensor, key: Tensor, pairs: Tensor) -> Tensor:
+    return HF.info_nce(query, key, mixing=HF.Mixing(3, pairs, 0.3), backend=backend)
+
+
+def _of_two_types(backend: str, query: Tensor, key: Tensor) -> Tensor:
+    return HF.info_nce(query, key.to(torch.bfloat16), backend=backend)
+
+
 def _mixed(backend: str, query: Tensor, bank: Tensor, index: Tensor, pairs: Tensor) -> Tensor:
     return HF.mixed_negative_logits(query, bank, index, pairs, alpha=0.3, backend=backend)
 
@@ -142,6 +159,18 @@ CASES: dict[str, Case] = {
         for mode in ("exclude", "negative", "positive")
     },
     "info_nce, positives by row": _info_nce(same_group="positive", reduction="none", **_GROUPS),
+    "info_nce, learned temperature by row": _info_nce(
+        temperature=lambda n, m, d: torch.tensor(0.3, dtype=torch.float64), reduction="none"
+    ),
+    "info_nce, groups of a bank": _info_nce(
+        bank=lambda n, m, d: _rows(37, d, seed=7), bank_group=lambda n, m, d: _indices(37, n, 9), **_GROUPS
+    ),
+    "info_nce, symmetric with negatives": _info_nce(_square, symmetric=True, negatives=_negatives),
+    "info_nce, mixing": Case(
+        _with(_pair, pairs=lambda n, m, d: _indices(n * 10, 3, 11).reshape(n, 5, 2)), _in_one_pass
+    ),
+    "info_nce, odd rows": _info_nce(_odd),
+    "info_nce, two types": Case(_pair, _of_two_types),
     "hard negatives": Case(
         _pair, lambda backend, query, key: HF.hard_negatives(query.detach(), key.detach(), 3, backend=backend)[0]
     ),
@@ -190,10 +219,18 @@ def record(path: Path, backend: str) -> None:
 
 def compare(path: Path) -> list[str]:
     """The names of the outputs that differ, or that only one of the two has."""
-    different = []
+    different: list[str] = []
     with safe_open(str(path), "pt") as file:
         backend, names = file.metadata()["backend"], set(file.keys())
+        recorded, known = (
+            {name.split("/in/")[0].split("/out/")[0] for name in names},
+            {one[0] for one in cases(backend)},
+        )
+        different += [f"{name}: only recorded" for name in sorted(recorded - known)]
+        different += [f"{name}: not recorded" for name in sorted(known - recorded)]
         for name, case, _, _ in cases(backend):
+            if name not in recorded:
+                continue
             inputs = {key: file.get_tensor(f"{name}/in/{key}") for key in _below(f"{name}/in/", names)}
             expected = {key: file.get_tensor(f"{name}/out/{key}") for key in _below(f"{name}/out/", names)}
             got = outputs_of(case, inputs, backend)

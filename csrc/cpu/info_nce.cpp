@@ -1,6 +1,8 @@
 // InfoNCE over cosine similarities as an operator: arguments checked, put into a Problem, and results back into tensors.
 #include <torch/csrc/stable/library.h>
 
+#include <cstddef>
+#include <cstdint>
 #include <numeric>
 #include <string>
 #include <tuple>
@@ -9,6 +11,7 @@
 #include "checks.h"
 #include "info_nce_both_directions.h"
 #include "info_nce_one_direction.h"
+#include "row_blocks.h"
 #include "tensors.h"
 
 namespace hicl {
@@ -70,8 +73,9 @@ void check_arguments(const Arguments& a) {
   const int64_t m = a.columns.vectors(0).size(0);
   if (a.symmetric) {
     check.that(n == m, "symmetric", "expected as many queries as keys, got ", n, " and ", m);
-    check.that(!a.columns.tensor(0, kSpecialColumn) && a.columns.count() == 1 && !a.extra_logits && !a.mixed_pairs,
-               "symmetric", "expected no target, negatives, bank, extra logits or mixing");
+    check.that(!a.columns.tensor(0, kSpecialColumn) && a.columns.count() == 1 && !a.extra_logits && !a.mixed_pairs &&
+                   a.columns.groups(0) != Groups::kPositives,
+               "symmetric", "expected no target, negatives, bank, extra logits, mixing or several positives");
   }
   if (!a.mixed_pairs) return;
   check.that(0 < a.k && a.k <= m, "k", "expected 1 to ", m, ", got ", a.k);

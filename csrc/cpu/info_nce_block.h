@@ -18,6 +18,7 @@
 #include "memory.h"
 #include "row_blocks.h"
 #include "rows.h"
+#include "unit_rows.h"
 
 namespace hicl {
 

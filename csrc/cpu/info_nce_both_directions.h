@@ -12,6 +12,8 @@
 #include "info_nce_block.h"
 #include "info_nce_row.h"
 #include "logarithms.h"
+#include "row_blocks.h"
+#include "rows.h"
 
 namespace hicl {
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../constants.h"
+#include "matmul.h"
 #include "tensors.h"
 
 namespace hicl {
@@ -46,7 +47,7 @@ struct ColumnLists {
   // −1 where the number is no code.
   int64_t code(size_t kind, NumberRule rule) const {
     const double x = number(kind, rule);
-    return 0 <= x && x <= 2 ? int64_t(x) : -1;
+    return x == 0 || x == 1 || x == 2 ? int64_t(x) : -1;
   }
   Special special(size_t kind) const { return Special(code(kind, kSpecial)); }
   Groups groups(size_t kind) const { return Groups(code(kind, kGroups)); }

@@ -10,6 +10,7 @@
 #include "info_nce_block.h"
 #include "info_nce_row.h"
 #include "logarithms.h"
+#include "row_blocks.h"
 
 namespace hicl {
 

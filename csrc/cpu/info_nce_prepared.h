@@ -5,11 +5,13 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "equal_products.h"
 #include "groups.h"
 #include "info_nce_problem.h"
+#include "matmul.h"
 #include "row_blocks.h"
 #include "unit_rows.h"
 

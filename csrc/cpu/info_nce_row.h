@@ -8,9 +8,9 @@
 #include <utility>
 #include <vector>
 
+#include "block_mixing.h"
 #include "info_nce_block.h"
 #include "info_nce_prepared.h"
-#include "block_mixing.h"
 #include "rows.h"
 
 namespace hicl {

@@ -25,6 +25,5 @@ template <typename T>
 const T* data(const OptionalTensor& t) {
   return t ? t->const_data_ptr<T>() : nullptr;
 }
-inline int64_t count(const OptionalTensor& t) { return t ? t->size(0) : 0; }
 
 }  // namespace hicl

@@ -253,6 +253,7 @@ def test_gradients_of_terms(name: str) -> None:
                 (KEYS, own(special=torch.nan), BANK),
                 (KEYS, OWN, OWN),
                 (keys(vectors=None), OWN, BANK),
+                (keys(special=1.5), OWN, BANK),
                 (),
             )
         ),
@@ -262,6 +263,10 @@ def test_gradients_of_terms(name: str) -> None:
             for changed in (x[:-1], [*x, x[-1]], x[:4])
         ),
         ("info_nce", CPP[0].arguments | {"symmetric": True}),
+        (
+            "info_nce",
+            CPP[1].arguments | columns(keys(vectors=rows(N, D), special_column=None, group=torch.arange(N), groups=2)),
+        ),
         ("info_nce", CPP[1].arguments | columns(plain_keys(N + 1, D))),
         ("info_nce", CPP[1].arguments | {"symmetric": False} | columns(plain_keys(N - 1, D))),
         ("info_nce", CPP[1].arguments | {"query": rows(0, D)} | columns(plain_keys(0, D))),

@@ -51,6 +51,17 @@ def test_the_recorded_inputs_are_what_is_computed_with(recorded: Path, capsys: p
     assert f"{name}: value\n" in capsys.readouterr().out
 
 
+def test_cases_that_only_one_version_has(
+    recorded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = dict(same_bits.CASES)
+    cases["new"] = cases.pop("segment pool")
+    monkeypatch.setattr(same_bits, "CASES", cases)
+    assert same_bits.main(["compare", str(recorded)]) == 1
+    out = capsys.readouterr().out
+    assert "segment pool, 5×7×3, float32: only recorded\n" in out and "new, 5×7×3, float32: not recorded\n" in out
+
+
 def test_every_case_has_gradients_but_hard_negatives(recorded: Path) -> None:
     names = load_file(str(recorded)).keys()
     with_gradients = {name.split(", 5×7×3")[0] for name in names if name.endswith("_grad")}

@@ -266,9 +266,8 @@ def _row_gradients(ctx: Any, loss_grad: Tensor | None, needs_grad: Iterable[bool
 
 
 def _again(problem: Problem, reduction: str, mixing: Mixing | None = None, index: Tensor | None = None) -> Again:
-    constants = (problem.target, problem.bank, problem.query_group, problem.key_group, index)
-    pairs = None if mixing is None else mixing.pairs
-    return Again("info_nce", _value(problem, reduction, mixing, index), problem.differentiable(), *constants, pairs)
+    constants = (*problem.constants(), index, None if mixing is None else mixing.pairs)
+    return Again("info_nce", _value(problem, reduction, mixing, index), problem.differentiable(), *constants)
 
 
 def _value(problem: Problem, reduction: str, mixing: Mixing | None = None, index: Tensor | None = None) -> Value:

@@ -111,9 +111,11 @@ class Columns:
 
     def contiguous(self) -> Columns:
         """The same, its rules' tensors contiguous, as kernels take them."""
-        rules = (self.special_column, self.query_group, self.group)
-        special_column, query_group, group = (None if x is None else x.contiguous() for x in rules)
-        return replace(self, special_column=special_column, query_group=query_group, group=group)
+        rules = {name: x.contiguous() for name in _RULE_TENSORS if (x := getattr(self, name)) is not None}
+        return replace(self, **rules)
+
+
+_RULE_TENSORS = [one.name for one in fields(Columns) if "Tensor" in str(one.type) and one.name != "vectors"]
 
 
 def _tensor(shape: str, *, optional: bool = False) -> Any:
@@ -175,6 +177,10 @@ class Problem:
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """The inputs that can have gradients, in the order of :class:`Wanted` and :class:`Gradients`."""
         return tuple([getattr(self, name) for name in DIFFERENTIABLE])
+
+    def constants(self) -> tuple[Tensor | None, ...]:
+        """The tensors that can have none."""
+        return tuple([getattr(self, name) for name in _SHAPES if name not in DIFFERENTIABLE])
 
     def flat(self) -> list[Any]:
         """As the registered operators take it."""
