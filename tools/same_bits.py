@@ -12,6 +12,7 @@ order of a sum may depend on their number. Exit status 1: something differs, and
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -252,17 +253,28 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
 
 
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """PyTorch's for the time of it: whoever calls ``main`` keeps their own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["record", "compare"])
     parser.add_argument("file", type=Path)
     parser.add_argument("--backend", choices=list(TYPES), default="cpp", help="of record")
     args = parser.parse_args(argv)
-    torch.set_num_threads(THREADS)
-    if args.action == "record":
-        record(args.file, args.backend)
-        return 0
-    different = compare(args.file)
+    with _threads(THREADS):
+        if args.action == "record":
+            record(args.file, args.backend)
+            return 0
+        different = compare(args.file)
     print("\n".join([*different, f"{len(different)} outputs differ"]))
     return 1 if different else 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,14 +13,12 @@ from tools import same_bits
 
 
 @pytest.fixture
-def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The smallest size alone."""
-    threads = torch.get_num_threads()
     monkeypatch.setattr(same_bits, "SIZES", same_bits.SIZES[:1])
     path = tmp_path / "before.safetensors"
     assert same_bits.main(["record", str(path), "--backend", "torch"]) == 0
-    yield path
-    torch.set_num_threads(threads)
+    return path
 
 
 def changed(path: Path, name: str, value: torch.Tensor) -> None:
@@ -33,6 +30,16 @@ def changed(path: Path, name: str, value: torch.Tensor) -> None:
 def test_the_same_code_gives_the_same_bits(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert same_bits.main(["compare", str(recorded)]) == 0
     assert capsys.readouterr().out == "0 outputs differ\n"
+
+
+def test_the_callers_number_of_threads_stays(recorded: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(same_bits.THREADS + 1)
+    try:
+        same_bits.main(["compare", str(recorded)])
+        assert torch.get_num_threads() == same_bits.THREADS + 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_bit_that_differs_is_named(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
