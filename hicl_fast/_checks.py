@@ -99,6 +99,26 @@ def index_vector(name: str, value: Tensor, length: int, what: str, like: Tensor)
     same_device(name, value, like)
 
 
+def ids(name: str, value: Tensor, length: int, what: str, like: Tensor) -> None:
+    """A 1-d int64 tensor of a known length, or a 2-d one with so many rows and at least one column."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        raise TypeError(
+            f"{name}: expected an int64 tensor of shape ({length},) or ({length}, G), {what}, got {describe(value)}"
+        )
+    if value.dim() not in (1, 2) or value.shape[0] != length or 0 in value.shape[1:]:
+        raise ValueError(f"{name}: expected shape ({length},) or ({length}, G), {what}, got {describe(value)}")
+    same_device(name, value, like)
+
+
+def floating_vector(name: str, value: Tensor, length: int, what: str, like: Tensor) -> None:
+    """A 1-d floating-point tensor of a known length."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor of shape ({length},), {what}, got {describe(value)}")
+    if value.shape != (length,):
+        raise ValueError(f"{name}: expected shape ({length},), {what}, got {describe(value)}")
+    same_device(name, value, like)
+
+
 def integers(name: str, value: Tensor, shape: str, like: Tensor) -> None:
     """An int64 tensor on the same device; its shape is for the caller to check."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64:

@@ -14,6 +14,7 @@ from torch import Tensor
 from hicl_fast.ops.common.constants import SameGroup
 from hicl_fast.ops.hard_negatives.reference import hard_negatives
 from hicl_fast.ops.info_nce.reference import info_nce, normalise
+from hicl_fast.ops.log_sum_exp.reference import log_sum_exp
 from hicl_fast.ops.mixed_negatives.reference import mixed_negative_logits
 from hicl_fast.ops.paradigm.reference import paradigm
 from hicl_fast.ops.paradigm.settings import PairStatistics
@@ -25,6 +26,7 @@ __all__ = [
     "hard_negatives",
     "hicl_loss",
     "info_nce",
+    "log_sum_exp",
     "mixed_negative_logits",
     "normalise",
     "paradigm",

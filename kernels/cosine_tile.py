@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from hicl_fast.ops.common.constants import Groups, Special
 
 if TYPE_CHECKING:
-    from hicl_fast.ops.info_nce.problem import Columns
+    from hicl_fast.ops.info_nce.problem import KindOfColumn
 
 NOTHING = tl.constexpr(int(Special.NOTHING))
 POSITIVE = tl.constexpr(int(Special.POSITIVE))
@@ -151,11 +151,14 @@ def similarities(
 
 
 @triton.jit
-def same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols):
-    """Whether row and column are of one group, (BLOCK_ROWS, BLOCK_COLS)."""
-    query_group = tl.load(query_group_ptr + tl.minimum(rows, num_rows - 1))
-    key_group = tl.load(key_group_ptr + tl.minimum(cols, num_cols - 1))
-    return query_group[:, None] == key_group[None, :]
+def same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols, RELATIONS: tl.constexpr):
+    """Whether one of row's and column's ids is the same, (BLOCK_ROWS, BLOCK_COLS)."""
+    of_rows = query_group_ptr + tl.minimum(rows, num_rows - 1) * RELATIONS
+    of_cols = key_group_ptr + tl.minimum(cols, num_cols - 1) * RELATIONS
+    found = tl.load(of_rows)[:, None] == tl.load(of_cols)[None, :]
+    for relation in tl.static_range(1, RELATIONS):
+        found = found | (tl.load(of_rows + relation)[:, None] == tl.load(of_cols + relation)[None, :])
+    return found
 
 
 @triton.jit
@@ -207,11 +210,12 @@ def leave_out(
     num_cols,
     SPECIAL: tl.constexpr,
     GROUPS: tl.constexpr,
+    RELATIONS: tl.constexpr,
     ROWS_TOO: tl.constexpr,
 ):
     """The mask: x without excluded groups, its rows' positives and what lies past the end."""
     if GROUPS == EXCLUDED:  # first: the other way round, a kernel for sm_90 takes up to 49 registers more
-        in_group = same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols)
+        in_group = same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols, RELATIONS)
         x = tl.where(in_group, FILL, x)
     if some:
         counts = (cols < num_cols)[None, :]
@@ -221,6 +225,28 @@ def leave_out(
             counts = counts & (cols[None, :] != special[:, None])
         x = tl.where(counts, x, FILL)
     return x
+
+
+@triton.jit
+def above_limit(
+    y,  # (BLOCK_ROWS, BLOCK_COLS) q·k / ‖k‖
+    query_inverse,  # (BLOCK_ROWS,)
+    limit_ptr,  # (num_rows,)
+    query_group_ptr,
+    key_group_ptr,
+    rows,
+    cols,
+    num_rows,
+    num_cols,
+    GROUPS: tl.constexpr,
+    RELATIONS: tl.constexpr,
+):
+    """Whether a column is too similar for a negative, (BLOCK_ROWS, BLOCK_COLS)."""
+    limit = tl.load(limit_ptr + tl.minimum(rows, num_rows - 1))
+    above = y * query_inverse[:, None] > limit[:, None]
+    if GROUPS == POSITIVES:
+        above = above & (same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols, RELATIONS) == 0)
+    return above
 
 
 @triton.jit
@@ -257,10 +283,11 @@ class Similarities:
 
     query: Rows  # (R, D)
     key: Rows  # (C, D) the columns' vectors
-    columns: "Columns"  # their rules; special column and groups (N,) of the rows, of which these R are ``rows``
+    columns: "KindOfColumn"  # their rules; special column (N,) and groups (N, G) of the rows, of which these R are ``rows``
     rows: slice
     tile: Tile
     precision: str  # of the products: "ieee" | "tf32"
+    limit: Tensor | None = None  # (N,) likewise: what is more similar is left out
 
     @property
     def grid(self) -> tuple[int]:
@@ -283,9 +310,19 @@ class Similarities:
             "dim": self.query.x.shape[1],
             "SPECIAL": int(columns.special),
             "GROUPS": int(columns.groups),
+            "RELATIONS": 1 if columns.group is None else columns.group.shape[1],
             "PRECISION": self.precision,
             "DESCRIBED": tile.described,
         }
+
+    def limited(self) -> dict[str, Any]:
+        """The rule that leaves out what is too similar."""
+        return {"limit_ptr": self._of_rows(self.limit), "LIMITED": self.limit is not None}
+
+    def added(self) -> dict[str, Any]:
+        """What is added to logits."""
+        hardness = self.columns.hardness
+        return {"bias": self.columns.bias, "hardness": hardness, "HARDENED": hardness != 0.0}
 
     def output(self, out: Tensor) -> Tensor | TensorDescriptor:
         """What a kernel stores its tiles through, of out (R, C)."""

@@ -25,7 +25,7 @@ from hicl_fast.kernels.tiles import STATISTICS, Tile, similarity_tile
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from hicl_fast.ops.info_nce.problem import Columns
+    from hicl_fast.ops.info_nce.problem import KindOfColumn
 
 NO_VALUE = -(1 << 31)  # a key's upper half where there is no column: below those of all floats
 
@@ -76,6 +76,7 @@ def hard_negatives_kernel(
     parts,
     SPECIAL: tl.constexpr,
     GROUPS: tl.constexpr,
+    RELATIONS: tl.constexpr,
     KEPT: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIBED: tl.constexpr,
@@ -101,7 +102,7 @@ def hard_negatives_kernel(
         if SPECIAL == POSITIVE:
             counts = counts & (cols[None, :] != special_columns(special_ptr, rows, num_rows)[:, None])
         if GROUPS == EXCLUDED:
-            counts = counts & (same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols) == 0)
+            counts = counts & (same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols, RELATIONS) == 0)
         keys = tl.where(counts, keys_of(s, cols), no_key)
         # Each row's best new key takes the place of its worst kept one, while that is a gain for any row: seldom more
         # than a few times, once some tiles have gone by.
@@ -121,7 +122,7 @@ _FEWEST_TILES = 4  # of a part
 def hardest(
     query: Rows,  # (N, D)
     key: Rows,  # (C, D)
-    columns: "Columns",  # the keys' rules
+    columns: "KindOfColumn",  # the keys' rules
     k: int,
     precision: str,
 ) -> Tensor:  # (N, k) int64

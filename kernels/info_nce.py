@@ -24,6 +24,7 @@ from hicl_fast.kernels.cosine_tile import (
     OWN_NEGATIVE,
     POSITIVES,
     Similarities,
+    above_limit,
     has_left_out,
     inverses,
     leave_out,
@@ -92,10 +93,15 @@ def exponents(
     cols,
     special,
     bias,
+    hardness,
     SPECIAL: tl.constexpr,
+    HARDENED: tl.constexpr,
 ):
     """log2 e · ℓ − shift: the powers of 2 of a tile's exponentials, (BLOCK_ROWS, BLOCK_COLS)."""
-    factor = query_inverse * (tl.load(scale_ptr) * LOG2_E)
+    scale = tl.load(scale_ptr)
+    if HARDENED:  # always added, it would take registers
+        scale += hardness
+    factor = query_inverse * (scale * LOG2_E)
     factor = tl.where(factor == 0.0, TINY, factor)  # of a zero row: −∞ times 0 is no number
     x = y * factor[:, None] - shift
     if SPECIAL == OWN_NEGATIVE:
@@ -143,8 +149,9 @@ def exp_kernel(
     scale_ptr,  # (1,)
     offset_ptr,  # (num_rows,) subtracted from the logits
     special_ptr,  # (num_rows,) int64
-    query_group_ptr,  # (num_rows,) int64
-    key_group_ptr,  # (num_cols,) int64
+    query_group_ptr,  # (num_rows, RELATIONS) int64
+    key_group_ptr,  # (num_cols, RELATIONS) int64
+    limit_ptr,  # (num_rows,)
     exp_out,  # out (num_rows, num_cols): amplitude · exp(ℓ − offset), 0 for a column that is left out
     partials_ptr,  # out (3, column tiles, num_rows): EXP_SUM, HARDEST, DOT
     num_rows,
@@ -153,9 +160,13 @@ def exp_kernel(
     exp_stride,
     plane_stride,
     bias,
+    hardness,
     amplitude,
     SPECIAL: tl.constexpr,
     GROUPS: tl.constexpr,
+    RELATIONS: tl.constexpr,
+    LIMITED: tl.constexpr,
+    HARDENED: tl.constexpr,
     WANTS_DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIBED: tl.constexpr,
@@ -175,14 +186,20 @@ def exp_kernel(
         some = has_left_out(row_tile, col_tile, special, num_rows, num_cols, SPECIAL, False, BLOCK_ROWS, BLOCK_COLS)
         y = leave_out(
             y, float("-inf"), some, rows, cols, special, query_group_ptr, key_group_ptr, num_rows, num_cols,
-            SPECIAL, GROUPS, False,
+            SPECIAL, GROUPS, RELATIONS, False,
         )  # fmt: skip
+        if LIMITED:
+            above = above_limit(
+                y, query_inverse, limit_ptr, query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols,
+                GROUPS, RELATIONS,
+            )  # fmt: skip
+            y = tl.where(above, float("-inf"), y)
         store_hardest(partials_ptr, plane_stride, col_tile, rows, num_rows, y, query_inverse)
 
         offset = tl.load(offset_ptr + tl.minimum(rows, num_rows - 1))
         offset = tl.where(offset == float("-inf"), 0.0, offset)  # of a row that has nothing but left-out columns
         shift = offset * LOG2_E - tl.log2(amplitude)
-        e = tl.exp2(exponents(y, query_inverse, scale_ptr, shift[:, None], cols, special, bias, SPECIAL))
+        e = tl.exp2(exponents(y, query_inverse, scale_ptr, shift[:, None], cols, special, bias, hardness, SPECIAL, HARDENED))
         store_sums(partials_ptr, plane_stride, EXP_SUM, col_tile, rows, num_rows, tl.sum(e, axis=1) / amplitude)
         if WANTS_DOT:
             dot = tl.sum(tl.where(e == 0.0, 0.0, e * y), axis=1) * query_inverse / amplitude
@@ -211,10 +228,11 @@ def exp_similarities(
         partials_ptr=partials,
         exp_stride=out.stride(0),
         plane_stride=partials.stride(0),
-        bias=similarities.columns.bias,
+        **similarities.added(),
         amplitude=amplitude,
         WANTS_DOT=wants_dot,
         **similarities.arguments(),
+        **similarities.limited(),
         **similarities.tile.options(),
     )
 
@@ -227,8 +245,9 @@ def statistics_kernel(
     key_inverse_ptr,  # (num_cols,)
     scale_ptr,  # (1,)
     special_ptr,  # (num_rows,) int64
-    query_group_ptr,  # (num_rows,) int64
-    key_group_ptr,  # (num_cols,) int64
+    query_group_ptr,  # (num_rows, RELATIONS) int64
+    key_group_ptr,  # (num_cols, RELATIONS) int64
+    limit_ptr,  # (num_rows,)
     positive_logit_ptr,  # (num_rows,)
     partials_ptr,  # out (4, column tiles, num_rows): EXP_SUM, HARDEST, MAX, POSITIVES_SHIFT
     column_partials_ptr,  # out (2, row tiles, num_cols): Σ exp(ℓ − max), max, down the columns
@@ -238,8 +257,12 @@ def statistics_kernel(
     plane_stride,
     column_plane_stride,
     bias,
+    hardness,
     SPECIAL: tl.constexpr,
     GROUPS: tl.constexpr,
+    RELATIONS: tl.constexpr,
+    LIMITED: tl.constexpr,
+    HARDENED: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIBED: tl.constexpr,
@@ -259,11 +282,17 @@ def statistics_kernel(
         some = has_left_out(row_tile, col_tile, special, num_rows, num_cols, SPECIAL, True, BLOCK_ROWS, BLOCK_COLS)
         y = leave_out(
             y, float("-inf"), some, rows, cols, special, query_group_ptr, key_group_ptr, num_rows, num_cols,
-            SPECIAL, GROUPS, True,
+            SPECIAL, GROUPS, RELATIONS, True,
         )  # fmt: skip
-        x = exponents(y, query_inverse, scale_ptr, 0.0, cols, special, bias, SPECIAL)
+        if LIMITED:
+            above = above_limit(
+                y, query_inverse, limit_ptr, query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols,
+                GROUPS, RELATIONS,
+            )  # fmt: skip
+            y = tl.where(above, float("-inf"), y)
+        x = exponents(y, query_inverse, scale_ptr, 0.0, cols, special, bias, hardness, SPECIAL, HARDENED)
         if GROUPS == POSITIVES:
-            in_group = same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols)
+            in_group = same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols, RELATIONS)
             positive_logit = tl.load(positive_logit_ptr + tl.minimum(rows, num_rows - 1))
             is_positive = in_group & (y != float("-inf"))
             shift = tl.sum(tl.where(is_positive, x * LN_2 - positive_logit[:, None], 0.0), axis=1)
@@ -295,9 +324,10 @@ def statistics(
         column_partials_ptr=column_partials,
         plane_stride=partials.stride(0),
         column_plane_stride=0 if column_partials is None else column_partials.stride(0),
-        bias=similarities.columns.bias,
+        **similarities.added(),
         HAS_COLUMNS=column_partials is not None,
         **similarities.arguments(),
+        **similarities.limited(),
         **similarities.tile.options(),
     )
 
@@ -315,8 +345,9 @@ def similarity_gradient_kernel(
     column_offset_ptr,  # (num_cols,)
     column_factor_ptr,  # (num_cols,)
     special_ptr,  # (num_rows,) int64
-    query_group_ptr,  # (num_rows,) int64
-    key_group_ptr,  # (num_cols,) int64
+    query_group_ptr,  # (num_rows, RELATIONS) int64
+    key_group_ptr,  # (num_cols, RELATIONS) int64
+    limit_ptr,  # (num_rows,)
     gradient_out,  # out (num_rows, num_cols)
     dot_ptr,  # out (column tiles, num_rows): Σ s · gradient
     num_rows,
@@ -324,8 +355,12 @@ def similarity_gradient_kernel(
     dim,
     gradient_stride,
     bias,
+    hardness,
     SPECIAL: tl.constexpr,
     GROUPS: tl.constexpr,
+    RELATIONS: tl.constexpr,
+    LIMITED: tl.constexpr,
+    HARDENED: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
     WANTS_DOT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -344,7 +379,7 @@ def similarity_gradient_kernel(
             SPECIAL, PRECISION, DESCRIBED, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH, BAND,
         )  # fmt: skip
         some = has_left_out(row_tile, col_tile, special, num_rows, num_cols, SPECIAL, False, BLOCK_ROWS, BLOCK_COLS)
-        x = exponents(y, query_inverse, scale_ptr, 0.0, cols, special, bias, SPECIAL)
+        x = exponents(y, query_inverse, scale_ptr, 0.0, cols, special, bias, hardness, SPECIAL, HARDENED)
         row = tl.minimum(rows, num_rows - 1)
         row_shift, row_factor = tl.load(row_offset_ptr + row) * LOG2_E, tl.load(row_factor_ptr + row)
         gradient = tl.exp2(x - row_shift[:, None]) * row_factor[:, None]
@@ -352,12 +387,18 @@ def similarity_gradient_kernel(
             col = tl.minimum(cols, num_cols - 1)
             column_shift, column_factor = tl.load(column_offset_ptr + col) * LOG2_E, tl.load(column_factor_ptr + col)
             gradient += tl.exp2(x - column_shift[None, :]) * column_factor[None, :]
+        if LIMITED:
+            above = above_limit(
+                y, query_inverse, limit_ptr, query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols,
+                GROUPS, RELATIONS,
+            )  # fmt: skip
+            gradient = tl.where(above, 0.0, gradient)
         if GROUPS == POSITIVES:
-            in_group = same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols)
+            in_group = same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols, RELATIONS)
             gradient -= tl.where(in_group, tl.load(positives_share_ptr + row)[:, None], 0.0)
         gradient = leave_out(
             gradient, 0.0, some, rows, cols, special, query_group_ptr, key_group_ptr, num_rows, num_cols,
-            SPECIAL, GROUPS, False,
+            SPECIAL, GROUPS, RELATIONS, False,
         )  # fmt: skip
         if WANTS_DOT:
             dot = tl.sum(gradient * y, axis=1) * query_inverse
@@ -391,10 +432,11 @@ def similarity_gradients(
         gradient_out=similarities.output(out),
         dot_ptr=dot,
         gradient_stride=out.stride(0),
-        bias=similarities.columns.bias,
+        **similarities.added(),
         HAS_COLUMNS=by_column is not None,
         WANTS_DOT=wants_dot,
         **similarities.arguments(),
+        **similarities.limited(),
         **similarities.tile.options(),
     )
 

@@ -1,4 +1,4 @@
-// Which keys are in a row's group: the keys' indices sorted by group, so that a row finds its own in O(log M).
+// Which columns are in a row's group: their indices sorted by group, so that a row finds its own in O(log C).
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -11,11 +11,12 @@ namespace hicl {
 class GroupIndex {
  public:
   GroupIndex() = default;
-  GroupIndex(const int64_t* key_group, int64_t num_keys) : group_(num_keys), column_(num_keys) {
-    std::vector<std::pair<int64_t, int64_t>> sorted(num_keys);
-    for (int64_t j = 0; j < num_keys; ++j) sorted[j] = {key_group[j], j};
+  // Column j's group is group[j · stride].
+  GroupIndex(const int64_t* group, int64_t num_columns, int64_t stride = 1) : group_(num_columns), column_(num_columns) {
+    std::vector<std::pair<int64_t, int64_t>> sorted(num_columns);
+    for (int64_t j = 0; j < num_columns; ++j) sorted[j] = {group[j * stride], j};
     if (!std::is_sorted(sorted.begin(), sorted.end())) std::sort(sorted.begin(), sorted.end());
-    for (int64_t j = 0; j < num_keys; ++j) std::tie(group_[j], column_[j]) = sorted[j];
+    for (int64_t j = 0; j < num_columns; ++j) std::tie(group_[j], column_[j]) = sorted[j];
   }
 
   struct Columns {

@@ -1,8 +1,10 @@
 // InfoNCE over cosine similarities as an operator: arguments checked, put into a Problem, and results back into tensors.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <numeric>
 #include <string>
 #include <tuple>
@@ -21,8 +23,8 @@ namespace {
 struct Arguments {
   const Tensor& query;
   ColumnLists columns;
-  const OptionalTensor &extra_logits, &loss_grad, &mixed_pairs;
-  double row_weight, scale, margin;
+  const OptionalTensor &extra_logits, &loss_grad, &negative_grad, &positive_grad, &limit, &mixed_pairs;
+  double false_negative_margin, false_negative_ratio, row_weight, scale, margin;
   bool symmetric;
   int64_t k;
   double alpha;
@@ -50,7 +52,12 @@ void check_columns(const TensorChecks& check, const ColumnLists& columns, size_t
   const Groups groups = columns.groups(kind);
   check.that(groups >= Groups::kOrdinary, name("groups").c_str(), "expected 0 to 2, got ", columns.number(kind, kGroups));
   const OptionalTensor& group = columns.tensor(kind, kGroup);
-  check.groups(columns.tensor(kind, kQueryGroup), n, group, count);
+  const OptionalTensor& query_group = columns.tensor(kind, kQueryGroup);
+  check(name("group").c_str(), group, ScalarType::Long, {count, kAny});
+  check.that(query_group.has_value() == group.has_value(), name("group").c_str(), "expected groups of queries and columns or neither");
+  if (group) check(name("query_group").c_str(), query_group, ScalarType::Long, {n, group->size(1)});
+  check.that(groups != Groups::kPositives || !group || group->size(1) == 1, name("group").c_str(),
+             "expected one relation where it makes positives, got ", group ? group->size(1) : 0);
   check.that(groups == Groups::kOrdinary || group, name("group").c_str(), "expected a tensor, got none");
 }
 
@@ -70,12 +77,20 @@ void check_arguments(const Arguments& a) {
   check.that(num_own <= 1, "special", "expected own negatives of one kind at most, got ", num_own);
   check("extra_logits", a.extra_logits, type, {n, kAny});
   check("loss_grad", a.loss_grad, type, {n});
+  check("limit", a.limit, type, {n});
+  check("negative_grad", a.negative_grad, type, {n});
+  check("positive_grad", a.positive_grad, type, {n});
+  check.that(a.negative_grad.has_value() == a.positive_grad.has_value(), "negative_grad, positive_grad",
+             "expected both or neither, got one");
   const int64_t m = a.columns.vectors(0).size(0);
   if (a.symmetric) {
     check.that(n == m, "symmetric", "expected as many queries as keys, got ", n, " and ", m);
+    const double infinity = std::numeric_limits<double>::infinity();
+    check.that(!a.limit && std::min(a.false_negative_margin, a.false_negative_ratio) == infinity, "symmetric",
+               "expected no limit");
     check.that(!a.columns.tensor(0, kSpecialColumn) && a.columns.count() == 1 && !a.extra_logits && !a.mixed_pairs &&
-                   a.columns.groups(0) != Groups::kPositives,
-               "symmetric", "expected no target, negatives, bank, extra logits, mixing or several positives");
+                   !a.negative_grad && a.columns.groups(0) != Groups::kPositives,
+               "symmetric", "expected no target, negatives, bank, extra logits, mixing, weights or several positives");
   }
   if (!a.mixed_pairs) return;
   check.that(0 < a.k && a.k <= m, "k", "expected 1 to ", m, ", got ", a.k);
@@ -145,7 +160,9 @@ Problem<T> problem_of(const Arguments& a, ResultTensors<T>& tensors) {
     problem.mixing = {data<int64_t>(a.mixed_pairs), data<int64_t>(tensors.hard_negatives), a.mixed_pairs->size(1), a.k,
                       a.alpha};
   problem.scale = a.scale, problem.margin = a.margin, problem.symmetric = a.symmetric;
+  problem.limits = {data<T>(a.limit), a.false_negative_margin, a.false_negative_ratio};
   problem.common_weight = a.row_weight, problem.row_weight = data<T>(a.loss_grad);
+  problem.negative_weight = data<T>(a.negative_grad), problem.positive_weight = data<T>(a.positive_grad);
   return problem;
 }
 
@@ -157,13 +174,14 @@ Result run(const Arguments& a, int64_t block_bytes) {
 }
 
 Result info_nce(const Tensor& query, OptionalTensors column_tensors, std::vector<double> column_numbers,
-                const OptionalTensor& extra_logits, const OptionalTensor& loss_grad, double row_weight, double scale,
-                double margin, bool symmetric, const OptionalTensor& mixed_pairs, int64_t k, double alpha, bool wants_query,
+                const OptionalTensor& extra_logits, const OptionalTensor& loss_grad, const OptionalTensor& negative_grad,
+                const OptionalTensor& positive_grad, const OptionalTensor& limit, double false_negative_margin,
+                double false_negative_ratio, double row_weight, double scale, double margin, bool symmetric, const OptionalTensor& mixed_pairs, int64_t k, double alpha, bool wants_query,
                 bool wants_extra_logits, bool wants_scale, int64_t block_bytes) {
   const Arguments arguments{
       query,
       {column_tensors, column_numbers},
-      extra_logits, loss_grad, mixed_pairs, row_weight, scale, margin, symmetric, k, alpha,
+      extra_logits, loss_grad, negative_grad, positive_grad, limit, mixed_pairs, false_negative_margin, false_negative_ratio, row_weight, scale, margin, symmetric, k, alpha,
       wants_query, wants_extra_logits, wants_scale};
   check_arguments(arguments);
   return (query.scalar_type() == ScalarType::Double ? run<double> : run<float>)(arguments, block_bytes);
@@ -174,7 +192,8 @@ Result info_nce(const Tensor& query, OptionalTensors column_tensors, std::vector
 STABLE_TORCH_LIBRARY_FRAGMENT(hicl_fast_cpp, m) {
   m.def(
       "info_nce(Tensor query, Tensor?[] column_tensors, float[] column_numbers, Tensor? extra_logits, Tensor? loss_grad, "
-      "float row_weight, float scale, float margin, bool symmetric, Tensor? mixed_pairs, int k, float alpha, "
+      "Tensor? negative_grad, Tensor? positive_grad, Tensor? limit, float false_negative_margin, "
+      "float false_negative_ratio, float row_weight, float scale, float margin, bool symmetric, Tensor? mixed_pairs, int k, float alpha, "
       "bool wants_query, bool wants_extra_logits, bool wants_scale, int block_bytes=134217728) -> "
       "(Tensor loss, Tensor negative_lse, Tensor column_lse, Tensor positive, Tensor hardest, Tensor total, "
       "Tensor query_grad, Tensor[] column_grads, Tensor extra_logits_grad, Tensor scale_grad, Tensor hard_negatives)");

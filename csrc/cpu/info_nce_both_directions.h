@@ -42,10 +42,10 @@ void row_statistics(const Prepared<T>& p, LogitBlock<T>& block, const Results<T>
   const RowKernels<T>& k = row_kernels<T>();
   each_row(p, block, [&](int64_t i, T* row) {
     const Positive positive = kept.positive[i] = find_positive(p, block, i);
-    const T best = mask_and_scale(p, i, row);
+    const Largest<T> largest = mask_and_scale(p, i, row, -kLeftOut<T>);
     out.positive[i] = T(positive.similarity);
-    out.hardest[i] = best / T(p.problem.scale);
-    const T offset = std::max(best, T(positive.logit));
+    out.hardest[i] = largest.similarity;
+    const T offset = std::max(largest.logit, T(positive.logit));
     const double negative_lse = double(offset) + std::log(double(k.exp_sum(row, offset, p.num_columns)));
     out.negative_lse[i] = T(negative_lse);
     kept.row_lse[i] = logaddexp(negative_lse, positive.logit);
@@ -88,7 +88,7 @@ template <typename T>
 void similarity_gradients(const Prepared<T>& p, LogitBlock<T>& block, const Results<T>& out, const BothDirections<T>& kept,
                           std::vector<double>& moment) {
   const RowKernels<T>& k = row_kernels<T>();
-  const double scale = p.problem.scale;
+  const double scale = p.problem.scale, share = scale / p.keys().scale(scale);  // of a logit that is scale · similarity
   each_row(p, block, [&](int64_t i, T* row) {
     const Positive& positive = kept.positive[i];
     const double weight = p.problem.weight(i) / 2;
@@ -99,7 +99,7 @@ void similarity_gradients(const Prepared<T>& p, LogitBlock<T>& block, const Resu
                                               std::exp(double(out.column_lse[i]) - logaddexp(out.column_lse[i], positive.logit)));
     block.row_factor[i - block.first] = T(1);
     block.positive_entry[i - block.first] = positive_weight * positive.derivative * scale;
-    moment[i] = of_negatives + positive_weight * positive.logit;
+    moment[i] = share * of_negatives + positive_weight * positive.logit;
   });
 }
 
@@ -118,7 +118,7 @@ void both_directions(const Prepared<T>& p, const RowBlocks& blocks, LogitBlock<T
   blocks.each([&](int64_t first, int64_t count) {
     if (count < n) {  // a single block still holds its logits
       take_similarities(p, block, first, count);
-      each_row(p, block, [&](int64_t i, T* row) { mask_and_scale(p, i, row); });
+      each_row(p, block, [&](int64_t i, T* row) { mask_and_scale(p, i, row, -kLeftOut<T>); });
     }
     similarity_gradients(p, block, out, kept, moment);
     add_to_gradients(p, block, out);

@@ -24,15 +24,24 @@ struct Columns {
   const int64_t* special_column = nullptr;  // (N,); null: row i's is column i
   double bias = 0;                          // added to the logit of a row's own negative
   Groups groups = Groups::kOrdinary;
-  const int64_t* query_group = nullptr;  // (N,), where the groups aren't ordinary
-  const int64_t* group = nullptr;        // (C,), likewise
+  const int64_t* query_group = nullptr;  // (N, G), where the groups aren't ordinary: an id for each relation
+  const int64_t* group = nullptr;        // (C, G), likewise
+  int64_t num_relations = 0;             // G
+  double hardness = 0;                   // times the similarity, held constant, is added to the logits
   T* gradient = nullptr;                 // out (C, D); null where it isn't wanted
+
+  bool is_of_group(int64_t i, int64_t column) const {
+    const int64_t *of_row = query_group + i * num_relations, *of_column = group + column * num_relations;
+    for (int64_t g = 0; g < num_relations; ++g)
+      if (of_row[g] == of_column[g]) return true;
+    return false;
+  }
 };
 
 // The kinds of column as the operator takes them: of each kind its tensors, and its numbers, in the order of the fields of
-// Columns in hicl_fast/ops/info_nce/problem.py. Two lists, since each costs a small call a microsecond.
+// KindOfColumn in hicl_fast/ops/info_nce/problem.py. Two lists, since each costs a small call a microsecond.
 enum TensorRule { kVectors, kSpecialColumn, kQueryGroup, kGroup, kNumTensorRules };
-enum NumberRule { kWantsGradient, kSpecial, kBias, kGroups, kNumNumberRules };
+enum NumberRule { kWantsGradient, kSpecial, kBias, kGroups, kHardness, kNumNumberRules };
 
 struct ColumnLists {
   const OptionalTensors& tensors;
@@ -68,6 +77,8 @@ std::vector<Columns<T>> columns_of(const ColumnLists& lists, Tensors& gradients)
     columns.groups = lists.groups(kind);
     columns.query_group = data<int64_t>(lists.tensor(kind, kQueryGroup));
     columns.group = data<int64_t>(lists.tensor(kind, kGroup));
+    columns.num_relations = columns.group ? lists.tensor(kind, kGroup)->size(1) : 0;
+    columns.hardness = lists.number(kind, kHardness);
     columns.gradient = lists.wants_gradient(kind) ? data<T>(gradients[kind]) : nullptr;
     found.push_back(columns);
   }

@@ -25,11 +25,18 @@ struct Kind {
   Columns<T> rules;
   UnitRows<T> unit;   // (C, D)
   int64_t first;      // its first column among a row's
-  GroupIndex groups;  // of its columns, where they aren't ordinary
+  std::vector<GroupIndex> relations;  // its columns' groups, by relation, where they aren't ordinary
 
   int64_t count() const { return unit.count(); }
+  double scale(double of_all) const { return of_all + rules.hardness; }  // of its logits
   int64_t special_column(int64_t i) const { return first + (rules.special_column ? rules.special_column[i] : i); }
-  GroupIndex::Columns of_group(int64_t i) const { return groups.of(rules.query_group[i]); }  // from 0, not from `first`
+  // f(j) for the columns of row i's group, j from 0 and not from `first`; once for each relation by which they are.
+  template <typename F>
+  void each_of_group(int64_t i, F f) const {
+    const int64_t* ids = rules.query_group + i * rules.num_relations;
+    for (const GroupIndex& relation : relations)
+      for (const int64_t j : relation.of(*ids++)) f(j);
+  }
 };
 
 // A row of logits has the kinds' columns one after the other, then the extra logits, then the mixtures.
@@ -61,11 +68,15 @@ struct Prepared {
   std::vector<T> column_factor;  // (columns,) 1/‖k‖; 1 for those that are no similarities
   std::vector<T> logit_factor;   // (similarities,) the same, but 1 for a zero row
   int64_t num_similarities = 0, num_columns = 0;
+  bool has_hardness = false;
 
  private:
   void add(const Columns<T>& columns) {
-    GroupIndex groups = columns.groups == Groups::kOrdinary ? GroupIndex() : GroupIndex(columns.group, columns.count);
-    kinds.push_back({columns, UnitRows<T>(columns.vectors, columns.count, query.columns), num_similarities, std::move(groups)});
+    std::vector<GroupIndex> relations;
+    if (columns.groups != Groups::kOrdinary)
+      for (int64_t g = 0; g < columns.num_relations; ++g)
+        relations.emplace_back(columns.group + g, columns.count, columns.num_relations);
+    kinds.push_back({columns, UnitRows<T>(columns.vectors, columns.count, query.columns), num_similarities, std::move(relations)});
     const UnitRows<T>& unit = kinds.back().unit;
     column_factor.insert(column_factor.end(), unit.factors(), unit.factors() + columns.count);
     for (int64_t j = 0; j < columns.count; ++j) {
@@ -73,6 +84,7 @@ struct Prepared {
       logit_factor.push_back(factor == 0 ? T(1) : factor);  // −inf, where a column is left out, times 0 would be NaN
     }
     num_similarities += columns.count;
+    has_hardness |= columns.hardness != 0;
   }
 };
 

@@ -11,6 +11,7 @@
 #include "block_mixing.h"
 #include "info_nce_block.h"
 #include "info_nce_prepared.h"
+#include "logarithms.h"
 #include "rows.h"
 
 namespace hicl {
@@ -49,6 +50,7 @@ struct SetAside {
   T own_similarity = kLeftOut<T>;
   T own_logit = kLeftOut<T>;  // with its bias
   double own_bias = 0;
+  double own_share = 1;  // scale · similarity of what its logit is beyond the bias
   std::vector<std::pair<int64_t, T>> positives;  // the further ones: column, logit
 
   double num_positives() const { return double(1 + positives.size()); }
@@ -61,53 +63,88 @@ struct SetAside {
 };
 
 template <typename T>
-SetAside<T> set_aside(const Prepared<T>& p, int64_t i, T* row, const Positive& positive) {
+void set_own_negative_aside(const Prepared<T>& p, const Kind<T>& kind, int64_t i, T* row, T limit, SetAside<T>& aside) {
+  const int64_t j = kind.special_column(i);
+  const T similarity = row[j] * p.column_factor[j];
+  const bool is_excluded = kind.rules.groups == Groups::kExcluded && kind.rules.is_of_group(i, j - kind.first);
+  row[j] = kLeftOut<T>;
+  if (is_excluded || similarity > limit) return;
   const double scale = p.problem.scale;
+  aside.own_column = j, aside.own_similarity = similarity, aside.own_bias = kind.rules.bias;
+  aside.own_logit = T(similarity * kind.scale(scale) + kind.rules.bias);
+  aside.own_share = scale / kind.scale(scale);
+}
+
+template <typename T>
+SetAside<T> set_aside(const Prepared<T>& p, int64_t i, T* row, const Positive& positive, T limit) {
   const T* factor = p.column_factor.data();
   SetAside<T> aside;
   for (const Kind<T>& kind : p.kinds) {
-    if (kind.rules.special == Special::kOwnNegative) {
-      const int64_t j = aside.own_column = kind.special_column(i);
-      aside.own_bias = kind.rules.bias;
-      aside.own_similarity = row[j] * factor[j];
-      aside.own_logit = T(aside.own_similarity * scale + kind.rules.bias);
-      row[j] = kLeftOut<T>;
-    }
+    if (kind.rules.special == Special::kOwnNegative) set_own_negative_aside(p, kind, i, row, limit, aside);
     if (kind.rules.groups == Groups::kPositives)
-      for (const int64_t of_kind : kind.of_group(i))
-        if (const int64_t j = kind.first + of_kind; j != positive.column) {
-          aside.positives.emplace_back(j, T(row[j] * factor[j] * scale));
-          row[j] = kLeftOut<T>;
-        }
+      kind.each_of_group(i, [&](int64_t of_kind) {
+        const int64_t j = kind.first + of_kind;
+        if (j == positive.column) return;
+        aside.positives.emplace_back(j, T(row[j] * factor[j] * p.problem.scale));
+        row[j] = kLeftOut<T>;
+      });
   }
   return aside;
 }
 
-// From raw similarities to logits, −inf where a column doesn't compete with the positive: the largest of them, over all
-// columns that are similarities but those that were set aside.
+// Of a row: what its columns may be similar at most.
 template <typename T>
-T mask_and_scale(const Prepared<T>& p, int64_t i, T* row) {
+T limit_of_row(const Prepared<T>& p, int64_t i, const Positive& positive) {
+  return p.problem.limits.are_any() ? p.problem.limits.of_row(i, positive.similarity) : -kLeftOut<T>;
+}
+
+// The largest of some columns.
+template <typename T>
+struct Largest {
+  T logit, similarity;
+};
+
+// From raw similarities to logits, −inf where a column doesn't compete with the positive: the largest over all columns that are
+// similarities but those that were set aside.
+template <typename T>
+Largest<T> mask_and_scale(const Prepared<T>& p, int64_t i, T* row, T limit) {
   for (const Kind<T>& kind : p.kinds) {
     if (kind.rules.special == Special::kPositive) row[kind.special_column(i)] = kLeftOut<T>;
     if (kind.rules.groups == Groups::kExcluded)
-      for (const int64_t j : kind.of_group(i)) row[kind.first + j] = kLeftOut<T>;
+      kind.each_of_group(i, [&](int64_t j) { row[kind.first + j] = kLeftOut<T>; });
   }
-  return row_kernels<T>().to_logits(row, p.logit_factor.data(), T(p.problem.scale), p.num_similarities);
+  const RowKernels<T>& k = row_kernels<T>();
+  const auto scaled = [&](int64_t first, int64_t count, T scale) {
+    const T* factors = p.logit_factor.data() + first;
+    return limit == -kLeftOut<T> ? k.to_logits(row + first, factors, scale, count)
+                                 : k.to_logits_below(row + first, factors, scale, limit, count);
+  };
+  if (!p.has_hardness) {
+    const T best = scaled(0, p.num_similarities, T(p.problem.scale));
+    return {best, best / T(p.problem.scale)};
+  }
+  Largest<T> largest{kLeftOut<T>, kLeftOut<T>};
+  for (const Kind<T>& kind : p.kinds) {
+    const T scale = T(kind.scale(p.problem.scale)), best = scaled(kind.first, kind.count(), scale);
+    largest = {std::max(largest.logit, best), std::max(largest.similarity, best / scale)};
+  }
+  return largest;
 }
 
 // Sums over a row's exponentials e^(ℓ − best).
 template <typename T>
 struct RowSums {
-  T best;                // the largest logit, the positive's among them
+  T best;                // the largest logit of the columns but the positive; the positive's where there are none
   double similar = 0;    // over the columns that are similarities and were not set aside, and the mixtures
   double beyond = 0;     // over the extra logits
   double own = 0;        // of the row's own negative
-  double moment = 0;     // Σ e^(ℓ − best) · (ℓ − best) over the first, where the scale's gradient is wanted
+  double moment = 0;     // Σ e^(ℓ − best) · (scale · s − best) over the first, where the scale's gradient is wanted
   double negative_lse = 0;
 
   // Σ_j e^(ℓ_j − best) (scale · s_j − ℓ_positive), which doesn't cancel where the loss is small; extra logits have no s.
   double scale_moment(const SetAside<T>& aside, double positive_logit) const {
-    const double of_own = own > 0 ? own * (double(aside.own_logit) - aside.own_bias - positive_logit) : 0;
+    const double of_own =
+        own > 0 ? own * ((double(aside.own_logit) - aside.own_bias) * aside.own_share - positive_logit) : 0;
     const double to_best = double(best) - positive_logit;
     return moment + to_best * similar + of_own - positive_logit * beyond;
   }
@@ -116,20 +153,20 @@ struct RowSums {
 template <typename T>
 using MixingRow = typename BlockMixing<T>::Row;
 
-// Copies the extra logits and the set-aside positives' into the row, and takes the largest of all.
+// Copies the extra logits and the set-aside positives' into the row, and takes the largest of all but the target's.
 template <typename T>
 T fill_in(const Prepared<T>& p, int64_t i, T* row, const Positive& positive, const SetAside<T>& aside, T best,
           MixingRow<T>* mixing) {
   const int64_t num_extra = p.problem.num_extra;
   T *extra = row + p.num_similarities, *mixed = extra + num_extra;
-  best = std::max({best, T(positive.logit), aside.own_logit});
+  best = std::max(best, aside.own_logit);
   if (mixing) best = std::max(best, mixing->mix(i, p.unit_query.factor(i), T(p.problem.scale), row, mixed));
   for (const auto& [column, logit] : aside.positives) row[column] = logit, best = std::max(best, logit);
   for (int64_t e = 0; e < num_extra; ++e) {
     extra[e] = p.problem.extra_logits[i * num_extra + e];
     best = std::max(best, extra[e]);
   }
-  return best;
+  return best == kLeftOut<T> ? T(positive.logit) : best;
 }
 
 // In place of the row's logits e^(ℓ − best) · ‖k‖⁻¹, and their sums.
@@ -139,20 +176,49 @@ RowSums<T> exponentiate(const Prepared<T>& p, T* row, const SetAside<T>& aside, 
   const T* factors = p.column_factor.data();
   const int64_t num_extra = p.problem.num_extra, num_mixed = p.num_columns - p.num_similarities - num_extra;
   RowSums<T> sums{best};
-  const auto exponentials = [&](int64_t first, int64_t count) {
-    if (!wants_moment) return k.exp_in_place(row + first, factors + first, best, count);
+  // `share` of the logits is scale · s.
+  const auto add_exponentials = [&](int64_t first, int64_t count, double share) {
+    if (!wants_moment) {
+      sums.similar += double(k.exp_in_place(row + first, factors + first, best, count));
+      return;
+    }
     T part = 0;
-    const T total = k.exp_in_place_with_moment(row + first, factors + first, best, count, &part);
-    sums.moment += double(part);
-    return total;
+    const double total = double(k.exp_in_place_with_moment(row + first, factors + first, best, count, &part));
+    sums.similar += total;
+    sums.moment += share == 1 ? double(part) : share * double(part) + (share - 1) * double(best) * total;
   };
-  sums.similar = exponentials(0, p.num_similarities);
-  if (num_mixed) sums.similar += exponentials(p.num_similarities + num_extra, num_mixed);
+  if (p.has_hardness) {
+    for (const Kind<T>& kind : p.kinds)
+      add_exponentials(kind.first, kind.count(), p.problem.scale / kind.scale(p.problem.scale));
+  } else {
+    add_exponentials(0, p.num_similarities, 1);
+  }
+  if (num_mixed) add_exponentials(p.num_similarities + num_extra, num_mixed, 1);
   if (num_extra)
     sums.beyond = double(k.exp_in_place(row + p.num_similarities, factors + p.num_similarities, best, num_extra));
   sums.own = std::exp(double(aside.own_logit) - double(best));
   sums.negative_lse = double(best) + std::log(sums.similar + sums.beyond + sums.own);
   return sums;
+}
+
+// The derivatives of what is differentiated by what a row's logits come to.
+struct RowWeights {
+  double negative;   // by the log-sum-exp of its columns but the positive; 0 where there are none
+  double positive;   // by the positive's logit
+  double shift = 0;  // by the positive's logit minus the mean logit of all positives
+};
+
+template <typename T>
+RowWeights weights_of_row(const Prepared<T>& p, int64_t i, const Positive& positive, const SetAside<T>& aside,
+                          double negative_lse) {
+  const Problem<T>& problem = p.problem;
+  if (problem.negative_weight) {
+    const bool has_negative = negative_lse != double(kLeftOut<T>);
+    return {has_negative ? double(problem.negative_weight[i]) : 0.0, double(problem.positive_weight[i])};
+  }
+  const double weight = problem.weight(i);
+  const double negative = weight * std::exp(negative_lse - logaddexp(negative_lse, positive.logit));
+  return {negative, -negative, aside.positives.empty() ? 0.0 : weight};
 }
 
 }  // namespace hicl

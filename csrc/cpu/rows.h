@@ -34,6 +34,8 @@ struct RowKernels {
   void (*combine)(T* gradient, T g, T a, const T* x, T b, const T* y, int64_t d);
   // row_j *= column_scale_j · factor; returns the largest
   T (*to_logits)(T* row, const T* column_scale, T factor, int64_t n);
+  // The same, but −∞ where row_j · column_scale_j is above the limit
+  T (*to_logits_below)(T* row, const T* column_scale, T factor, T limit, int64_t n);
   // row_j = e^(row_j − offset) · column_scale_j; returns Σ_j e^(row_j − offset)
   T (*exp_in_place)(T* row, const T* column_scale, T offset, int64_t n);
   // The same, and Σ_j e^(row_j − offset) · (row_j − offset), without which no temperature gradient

@@ -97,11 +97,12 @@ void combine(T* gradient, T g, T a, const T* x, T b, const T* y, int64_t d) {
   update(gradient, d, T(0), [=](Vec<T> v, int64_t j, int64_t n) { return v * g + part(x, j, n) * a + part(y, j, n) * b; });
 }
 
-template <typename T>
-T to_logits(T* row, const T* column_scale, T factor, int64_t n) {
+// `logits_of` has (values, their columns' factors) for an argument.
+template <typename T, typename F>
+T each_logit(T* row, const T* column_scale, int64_t n, F logits_of) {
   Vec<T> best = splat(T(kNothing));
   update(row, n, T(0), [&](Vec<T> v, int64_t j, int64_t m) {
-    const Vec<T> logit = v * (part(column_scale, j, m) * factor);
+    const Vec<T> logit = logits_of(v, part(column_scale, j, m));
     if (m == kWidth<T>) {
       best = larger<T>(best, logit);
     } else {
@@ -110,6 +111,19 @@ T to_logits(T* row, const T* column_scale, T factor, int64_t n) {
     return logit;
   });
   return largest<T>(best);
+}
+
+template <typename T>
+T to_logits(T* row, const T* column_scale, T factor, int64_t n) {
+  return each_logit(row, column_scale, n, [=](Vec<T> v, Vec<T> scale) { return v * (scale * factor); });
+}
+
+template <typename T>
+T to_logits_below(T* row, const T* column_scale, T factor, T limit, int64_t n) {
+  return each_logit(row, column_scale, n, [=](Vec<T> v, Vec<T> scale) {
+    const Vec<T> similarity = v * scale;
+    return similarity > limit ? splat(T(kNothing)) : similarity * factor;
+  });
 }
 
 template <typename T>
@@ -259,6 +273,7 @@ constexpr RowKernels<T> table() {
           add_rows<T>,
           combine<T>,
           to_logits<T>,
+          to_logits_below<T>,
           exp_in_place<T>,
           exp_in_place_with_moment<T>,
           exp_sum<T>,

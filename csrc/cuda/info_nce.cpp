@@ -19,14 +19,15 @@ struct Wanted {
 };
 
 // query (N, D), key (M, D), target (N,), negatives (P, D), extra_logits (N, E) float32, query_group (N,) and
-// key_group (M,), both or neither, loss_grad (N,) float32, scale_on_device () float32; wanted: bits of query, key,
-// negatives, extra logits, scale
+// key_group (M,), both or neither, loss_grad (N,) float32, negative_grad and positive_grad (N,) float32, both or neither,
+// scale_on_device () float32; wanted: bits of query, key, negatives, extra logits, scale
 //   -> loss, negative_lse, positive, hardest (N,), total (), gradients, empty where not wanted, scale's (): all float32
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Outputs small_info_nce(const Tensor& query, const Tensor& key, const OptionalTensor& target,
                        const OptionalTensor& negatives, const OptionalTensor& extra_logits,
                        const OptionalTensor& query_group, const OptionalTensor& key_group,
-                       const OptionalTensor& loss_grad, const OptionalTensor& scale_on_device, double scale,
+                       const OptionalTensor& loss_grad, const OptionalTensor& negative_grad,
+                       const OptionalTensor& positive_grad, const OptionalTensor& scale_on_device, double scale,
                        double row_weight, double own_bias, double margin, int64_t wanted_bits) {
   const TensorChecks check("small_info_nce", query);
   const ScalarType type = operand_type(check, "query", query);
@@ -40,6 +41,10 @@ Outputs small_info_nce(const Tensor& query, const Tensor& key, const OptionalTen
   check.that(target || n <= m, "key", "expected at least ", n, " rows, one for each query, or a target, got ", m);
   check.groups(query_group, n, key_group, m);
   check("loss_grad", loss_grad, ScalarType::Float, {n});
+  check("negative_grad", negative_grad, ScalarType::Float, {n});
+  check("positive_grad", positive_grad, ScalarType::Float, {n});
+  check.that(negative_grad.has_value() == positive_grad.has_value(), "negative_grad, positive_grad",
+             "expected both or neither, got one");
   check("scale_on_device", scale_on_device, ScalarType::Float, {});
   STD_TORCH_CHECK(std::max({n, m, p, extra, dim}) <= kMostRows,
                   "hicl_fast: small_info_nce takes at most ", kMostRows, " rows, columns and dimensions");
@@ -59,6 +64,7 @@ Outputs small_info_nce(const Tensor& query, const Tensor& key, const OptionalTen
   problem.negatives = negatives ? negatives->const_data_ptr() : nullptr;
   problem.extra_logits = floats(extra_logits);
   problem.target = indices(target), problem.loss_grad = floats(loss_grad);
+  problem.negative_grad = floats(negative_grad), problem.positive_grad = floats(positive_grad);
   problem.query_group = indices(query_group), problem.key_group = indices(key_group);
   problem.scale_on_device = floats(scale_on_device);
   problem.num_rows = int(n), problem.num_keys = int(m), problem.num_negatives = int(p);
@@ -91,7 +97,8 @@ Outputs small_info_nce(const Tensor& query, const Tensor& key, const OptionalTen
 STABLE_TORCH_LIBRARY_FRAGMENT(hicl_fast_cuda, m) {
   m.def(
       "small_info_nce(Tensor query, Tensor key, Tensor? target, Tensor? negatives, Tensor? extra_logits, "
-      "Tensor? query_group, Tensor? key_group, Tensor? loss_grad, Tensor? scale_on_device, float scale, "
+      "Tensor? query_group, Tensor? key_group, Tensor? loss_grad, Tensor? negative_grad, Tensor? positive_grad, "
+      "Tensor? scale_on_device, float scale, "
       "float row_weight, float own_bias, float margin, int wanted) -> (Tensor loss, Tensor negative_lse, "
       "Tensor positive, Tensor hardest, Tensor total, Tensor query_grad, Tensor key_grad, "
       "Tensor negatives_grad, Tensor extra_logits_grad, Tensor scale_grad)");

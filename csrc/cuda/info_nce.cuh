@@ -159,9 +159,9 @@ __device__ __forceinline__ float log1p_exp(float x) {
 // A row's softmax, joined from its column tiles.
 struct Row {
   float negative_lse, hardest, positive, with_margin;
-  float share;         // of the negatives in the softmax
   float moment;        // mean similarity of the negatives, by their exponentials
-  float weight;        // of the row's loss
+  float of_negatives;  // the derivative by negative_lse of what is differentiated; 0 where there is no negative
+  float of_positive;   // and by the positive's logit
   float factor;        // ∂loss/∂similarity of negative j is factor · e^(logit_j − negative_lse)
   float coefficient;   // ∂loss/∂similarity of the positive
 
@@ -193,10 +193,14 @@ struct Row {
       slope = fabsf(positive) <= kLargestCosine ? p.margin_cosine + s / sine * p.margin_sine : 0.0f;
     }
     const float scale = scale_of(p);
-    share = 1.0f / (1.0f + expf(with_margin * scale - negative_lse));
-    weight = p.row_weight * (p.loss_grad ? p.loss_grad[i] : 1.0f);
-    factor = weight * scale * share;
-    coefficient = -factor * slope;
+    if (p.negative_grad) {
+      of_negatives = negative_lse == -INFINITY ? 0.0f : p.negative_grad[i], of_positive = p.positive_grad[i];
+    } else {
+      const float share = 1.0f / (1.0f + expf(with_margin * scale - negative_lse));
+      of_negatives = p.row_weight * (p.loss_grad ? p.loss_grad[i] : 1.0f) * share, of_positive = -of_negatives;
+    }
+    factor = of_negatives * scale;
+    coefficient = of_positive * scale * slope;
   }
   __device__ __forceinline__ float loss(float scale) const { return log1p_exp(negative_lse - with_margin * scale); }
 };
@@ -209,7 +213,8 @@ __device__ __forceinline__ void summarise(const SmallInfoNCE& p, float* scratch)
     const float loss = row.loss(scale_of(p));
     p.loss[i] = loss, p.negative_lse[i] = row.negative_lse, p.hardest[i] = row.hardest;
     total += loss;
-    scale_grad += row.weight * row.share * (row.moment - row.with_margin);
+    const float both = row.of_negatives + row.of_positive;  // 0 in a loss: nothing cancels where it is small
+    scale_grad += row.of_negatives * (row.moment - row.with_margin) + both * row.with_margin;
   }
   total = block_sum(total, scratch), scale_grad = block_sum(scale_grad, scratch);
   if (threadIdx.x) return;
@@ -481,7 +486,7 @@ __device__ __forceinline__ void extra_gradient(const SmallInfoNCE& p, float* neg
   const int rows_here = min(kTile, p.num_rows - first_row);
   if (int(threadIdx.x) < rows_here) {
     const Row row(p, first_row + threadIdx.x);
-    negative_lse[threadIdx.x] = row.negative_lse, to_probability[threadIdx.x] = row.weight * row.share;
+    negative_lse[threadIdx.x] = row.negative_lse, to_probability[threadIdx.x] = row.of_negatives;
   }
   __syncthreads();
   const int64_t first = int64_t(first_row) * p.num_extra;

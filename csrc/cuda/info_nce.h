@@ -20,6 +20,8 @@ struct SmallInfoNCE {
   const int64_t* target;                // (N,); null: row i's positive is key i
   const int64_t *query_group, *key_group;  // (N,), (M,) a row's group has no negatives of it among the keys; null: none
   const float* loss_grad;               // (N,) the rows' weights; null: row_weight is everyone's
+  const float *negative_grad, *positive_grad;  // (N,) what is differentiated in place of the loss: log Σ e^logit over a row's
+                                               // columns but its positive, and the positive's logit; null: the loss
   const float* scale_on_device;         // () 1 / temperature; null: it is `scale`
   int num_rows, num_keys, num_negatives, num_extra, dim;
   ElementType type;

@@ -19,7 +19,7 @@ from hicl_fast.losses.queue import NegativeQueue
 from hicl_fast.losses.temperature import MAX_LOGIT_SCALE, Temperature
 from hicl_fast.ops.common.autograd import unwrapped
 from hicl_fast.ops.common.constants import Reduction, SameGroup
-from hicl_fast.ops.info_nce.api import OPTIONS, check_options
+from hicl_fast.ops.info_nce.arguments import OPTIONS, check_options
 
 _NOT_SHOWN = ("hard_negative_weight", "precision", "backend")  # of the options, in a loss's representation
 
@@ -59,6 +59,9 @@ class FusedInfoNCELoss(nn.Module):
         margin: ArcCon's angular margin in radians.
         symmetric: average with the loss of queries and keys exchanged.
         hard_negative_weight: added to the logit of row i's own negative (SimCSE's rule).
+        false_negative_margin: m: columns that are more similar to a query than its positive plus m are taken for false
+            negatives and left out (Qwen3-Embedding, arXiv 2506.05176: 0.1).
+        false_negative_ratio: ρ: those more similar than ρ times its positive (NV-Retriever, arXiv 2407.15831: 0.95).
         same_group: what keys of a row's own group are: ``"exclude"``, ``"negative"`` or ``"positive"``; keys of the queue
             as well as the batch's.
         queue_size: rows of earlier batches' keys kept as further negatives; 0 keeps none. They join while training only.
@@ -106,6 +109,8 @@ class FusedInfoNCELoss(nn.Module):
         margin: float = 0.0,
         symmetric: bool = False,
         hard_negative_weight: float = 0.0,
+        false_negative_margin: float | None = None,
+        false_negative_ratio: float | None = None,
         same_group: SameGroup = "exclude",
         queue_size: int = 0,
         hard_negative_mixing: HardNegativeMixing | None = None,
@@ -124,6 +129,8 @@ class FusedInfoNCELoss(nn.Module):
             same_group=same_group,
             reduction=reduction,
             hard_negative_weight=hard_negative_weight,
+            false_negative_margin=false_negative_margin,
+            false_negative_ratio=false_negative_ratio,
             precision=precision,
             backend=backend,
         )

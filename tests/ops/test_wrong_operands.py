@@ -13,7 +13,7 @@ from torch import Tensor
 import hicl_fast
 from hicl_fast.ops.common.constants import Special
 from hicl_fast.ops.info_nce import cpp
-from hicl_fast.ops.info_nce.problem import Columns, Problem
+from hicl_fast.ops.info_nce.problem import KindOfColumn, Problem
 from hicl_fast.ops.paradigm.settings import Settings
 
 pytestmark = pytest.mark.skipif(
@@ -53,7 +53,7 @@ INFO_NCE: dict[str, Any] = {
 PLAIN = {**dict.fromkeys(INFO_NCE), "query": rows(N, D), "key": rows(N, D)}
 
 
-def columns(*kinds: Columns) -> dict[str, list[Any]]:
+def columns(*kinds: KindOfColumn) -> dict[str, list[Any]]:
     """As the C++ operator takes them."""
     return {
         "column_tensors": [x for kind in kinds for x in cpp.tensors_of(kind)],
@@ -61,9 +61,9 @@ def columns(*kinds: Columns) -> dict[str, list[Any]]:
     }
 
 
-def keys(**rules: Any) -> Columns:
+def keys(**rules: Any) -> KindOfColumn:
     in_groups = {"groups": 1, "query_group": torch.arange(N), "group": torch.arange(M)}
-    return Columns(
+    return KindOfColumn(
         **{"name": "key", "vectors": rows(M, D), "wants_gradient": True, "special": 1}
         | {"special_column": to_last(N, M)}
         | in_groups
@@ -71,17 +71,17 @@ def keys(**rules: Any) -> Columns:
     )
 
 
-def own(**rules: Any) -> Columns:
-    return Columns(
+def own(**rules: Any) -> KindOfColumn:
+    return KindOfColumn(
         **{"name": "negatives", "vectors": rows(N, D), "wants_gradient": True, "special": 2, "bias": 0.5} | rules
     )
 
 
-def plain_keys(n: int = N, d: int = D) -> Columns:
-    return Columns("key", rows(n, d), wants_gradient=True, special=Special.POSITIVE)
+def plain_keys(n: int = N, d: int = D) -> KindOfColumn:
+    return KindOfColumn("key", rows(n, d), wants_gradient=True, special=Special.POSITIVE)
 
 
-KEYS, OWN, BANK = keys(), own(), Columns("bank", rows(3, D), wants_gradient=False)
+KEYS, OWN, BANK = keys(), own(), KindOfColumn("bank", rows(3, D), wants_gradient=False)
 OPTIONS = {"row_weight": 1.0, "scale": 20.0, "margin": 0.0, "symmetric": False}
 MIXES_NOTHING = {"mixed_pairs": None, "k": 0, "alpha": 0.5}
 WANTS_ALL = {"wants_query": True, "wants_extra_logits": True, "wants_scale": True}

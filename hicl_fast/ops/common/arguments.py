@@ -25,8 +25,6 @@ def check_rows(
     key: Tensor,
     target: Tensor | None,
     extra_logits: Tensor | None,
-    query_group: Tensor | None,
-    key_group: Tensor | None,
 ) -> None:
     n, m = query.shape[0], key.shape[0]
     if target is not None:
@@ -37,7 +35,6 @@ def check_rows(
         check.floating_matrix("extra_logits", extra_logits, "(N, E)", like=query)
         if extra_logits.shape[0] != n:
             raise ValueError(f"extra_logits: expected {n} rows, one for each query, got {check.describe(extra_logits)}")
-    check_groups(query, key, query_group, key_group)
 
 
 def check_groups(query: Tensor, key: Tensor, query_group: Tensor | None, key_group: Tensor | None) -> None:

@@ -57,8 +57,7 @@ def hard_negatives(
     if not exclude_target and target is not None:
         raise ValueError(f"target: expected None where exclude_target is False, got {check.describe(target)}")
     if exclude_target:
-        check_rows(query, key, target, None, query_group, key_group)
-    else:
-        check_groups(query, key, query_group, key_group)
+        check_rows(query, key, target, None)
+    check_groups(query, key, query_group, key_group)
     check_k(k, query, key, int(exclude_target and target is None))
     return operator.apply(query, key, k, target, query_group, key_group, exclude_target, backend)

@@ -9,7 +9,7 @@ from hicl_fast.kernels.hard_negatives import NO_VALUE, hardest
 from hicl_fast.kernels.rows import normalise
 from hicl_fast.ops.common.constants import NORM_FLOOR, Groups, Special
 from hicl_fast.ops.common.triton import multiplied_as, on_device
-from hicl_fast.ops.info_nce.problem import Columns
+from hicl_fast.ops.info_nce.problem import KindOfColumn
 
 _LOW = 0xFFFFFFFF
 _LARGEST = 0x7FFFFFFF
@@ -29,15 +29,15 @@ def forward(
         target = torch.arange(query.shape[0], device=query.device)
     with on_device(query):
         queries, keys = (normalise(x.to(dtype).contiguous(), NORM_FLOOR) for x in (query, key))
-        columns = Columns(
+        columns = KindOfColumn(
             "key",
             key,
             wants_gradient=False,
             special=Special.POSITIVE if exclude_target else Special.NOTHING,
             special_column=target,
             groups=Groups.ORDINARY if key_group is None else Groups.EXCLUDED,
-            query_group=query_group,
-            group=key_group,
+            query_group=None if query_group is None else query_group[:, None],
+            group=None if key_group is None else key_group[:, None],
         ).contiguous()
         return _unpacked(hardest(queries, keys, columns, k, precision))
 

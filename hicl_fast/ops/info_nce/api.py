@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
 from torch import Tensor
 
 from hicl_fast import _checks as check
-from hicl_fast.ops.backends import registry
-from hicl_fast.ops.common.arguments import check_k, check_matrices, check_pairs, check_rows
+from hicl_fast.ops.common.arguments import check_k, check_pairs
 from hicl_fast.ops.common.constants import Reduction, SameGroup
-from hicl_fast.ops.common.numbers import scale_of
 from hicl_fast.ops.info_nce import compose
+from hicl_fast.ops.info_nce.arguments import Columns, problem_of
 from hicl_fast.ops.info_nce.problem import Mixing, Problem, Result
 
 
 def info_nce(
     query: Tensor,  # (N, D)
-    key: Tensor,  # (M, D)
+    key: Tensor | Columns,  # (M, D)
     *,
     target: Tensor | None = None,  # (N,) int64
     temperature: float | Tensor = 0.05,
-    negatives: Tensor | None = None,  # (P, D)
+    negatives: Tensor | Columns | None = None,  # (P, D)
     hard_negative_weight: float = 0.0,
-    bank: Tensor | None = None,  # (B, D)
+    bank: Tensor | Columns | None = None,  # (B, D)
     extra_logits: Tensor | None = None,  # (N, E)
     mixing: Mixing | None = None,
-    query_group: Tensor | None = None,  # (N,) int64
-    key_group: Tensor | None = None,  # (M,) int64
-    bank_group: Tensor | None = None,  # (B,) int64
+    limit: Tensor | None = None,  # (N,)
+    false_negative_margin: float | None = None,
+    false_negative_ratio: float | None = None,
+    query_group: Tensor | None = None,  # (N,) or (N, G) int64
+    key_group: Tensor | None = None,  # (M,) or (M, G) int64
+    bank_group: Tensor | None = None,  # (B,) or (B, G) int64
     same_group: SameGroup = "exclude",
     margin: float = 0.0,
     symmetric: bool = False,
@@ -52,7 +51,8 @@ def info_nce(
 
     Args:
         query: (N, D) rows to classify; need not be normalised.
-        key: (M, D) candidates; need not be normalised.
+        key: (M, D) candidates; need not be normalised. Keys, negatives and bank may each be :class:`Columns`, which have
+            groups and hardness beside their rows.
         target: (N,) int64, the key that is row i's positive. Default: key i, which needs N ≤ M.
         temperature: τ > 0, a float or a 0-d tensor; a tensor gets its exact gradient.
         negatives: (P, D) explicit hard negatives, shared by all rows; get gradients.
@@ -62,12 +62,21 @@ def info_nce(
         mixing: ``Mixing(k, pairs, alpha)``: mixtures of each row's k hardest keys as further columns, as
             :func:`hard_negatives` and :func:`mixed_negative_logits` give them, in one pass where the backend has one
             (``cpp``; with ``reduction="none"`` none has). Not with ``symmetric``.
-        query_group: (N,) int64 group of each query, given together with ``key_group``.
-        key_group: (M,) int64 group of each key.
-        bank_group: (B,) int64 group of each bank row, where ``query_group`` is given; default: nobody's. The bank is then
-            scored as further keys are, at the price of a copy of it and of gradients that nobody takes.
-        same_group: what keys and bank rows of the row's own group are: left out of its denominator (``"exclude"``), ordinary
-            negatives (``"negative"``), or positives beside the target (``"positive"``:
+        limit: (N,) a column whose similarity to query i is above ``limit[i]`` is taken for a false negative and leaves
+            the row's denominator; a constant. Positives never leave it. The comparison is on cosines, before scale and
+            margin, and of keys, negatives and bank alike; within the rounding of a product a column may fall either way.
+        false_negative_margin: m: a limit of the positive's similarity plus m (Qwen3-Embedding, arXiv 2506.05176: 0.1).
+            Of several limits the lowest holds.
+        false_negative_ratio: ρ > 0: a limit of ρ times the positive's similarity, where that is above 0 (NV-Retriever,
+            arXiv 2407.15831: 0.95).
+        query_group: (N,) int64 group of each query, or (N, G): one for each of G relations, as the query's text and the
+            document's text; given together with groups of columns. A column is of the row's own group where one of the G is
+            the same.
+        key_group: (M,) or (M, G) int64 group of each key. Those of explicit negatives come in :class:`Columns`; what comes
+            without groups is of nobody's.
+        bank_group: (B,) or (B, G) int64 group of each bank row.
+        same_group: what columns of the row's own group are: left out of its denominator (``"exclude"``), ordinary
+            negatives (``"negative"``), or positives beside the target (``"positive"``, for one relation:
             ``lse_i`` minus the mean logit of all positives).
         margin: ArcCon's angle u ≥ 0 in radians: the target's logit becomes cos(θ + u)/τ.
         symmetric: the mean of this loss and the same loss with query and key exchanged; needs N = M and no target.
@@ -98,6 +107,9 @@ def info_nce(
         bank=bank,
         extra_logits=extra_logits,
         mixing=mixing,
+        limit=limit,
+        false_negative_margin=false_negative_margin,
+        false_negative_ratio=false_negative_ratio,
         query_group=query_group,
         key_group=key_group,
         bank_group=bank_group,
@@ -112,15 +124,18 @@ def info_nce(
 
 def info_nce_with_statistics(
     query: Tensor,
-    key: Tensor,
+    key: Tensor | Columns,
     *,
     target: Tensor | None = None,
     temperature: float | Tensor = 0.05,
-    negatives: Tensor | None = None,
+    negatives: Tensor | Columns | None = None,
     hard_negative_weight: float = 0.0,
-    bank: Tensor | None = None,
+    bank: Tensor | Columns | None = None,
     extra_logits: Tensor | None = None,
     mixing: Mixing | None = None,
+    limit: Tensor | None = None,
+    false_negative_margin: float | None = None,
+    false_negative_ratio: float | None = None,
     query_group: Tensor | None = None,
     key_group: Tensor | None = None,
     bank_group: Tensor | None = None,
@@ -137,12 +152,21 @@ def info_nce_with_statistics(
     (N,), −inf for a row that has none among keys, explicit negatives and bank; ``hard_negatives`` are the keys (N, k)
     that ``mixing`` took, or ``None``.
     """
-    check_matrices(query, key, negatives, bank)
-    check_rows(query, key, target, extra_logits, query_group, key_group)
-    if bank_group is not None:
-        _check_bank_group(bank_group, query, bank, query_group)
-    check_options(
+    problem = problem_of(
+        query,
+        key,
+        target=target,
+        temperature=temperature,
+        negatives=negatives,
+        bank=bank,
+        extra_logits=extra_logits,
+        limit=limit,
+        query_group=query_group,
+        key_group=key_group,
+        bank_group=bank_group,
         hard_negative_weight=hard_negative_weight,
+        false_negative_margin=false_negative_margin,
+        false_negative_ratio=false_negative_ratio,
         same_group=same_group,
         margin=margin,
         symmetric=symmetric,
@@ -150,80 +174,20 @@ def info_nce_with_statistics(
         precision=precision,
         backend=backend,
     )
-    if hard_negative_weight != 0.0 and (negatives is None or negatives.shape[0] != query.shape[0]):
-        came = "no negatives" if negatives is None else f"{negatives.shape[0]} negatives"
-        raise ValueError(
-            f"hard_negative_weight: expected one negative for each of the {query.shape[0]} queries, got {came}"
-        )
-    if symmetric and (query.shape[0] != key.shape[0] or target is not None):
-        came = f"{query.shape[0]} queries and {key.shape[0]} keys" if target is None else "a target"
-        raise ValueError(f"symmetric: expected as many queries as keys and no target, got {came}")
     if mixing is not None:
-        _check_mixing(mixing, query, key, target, symmetric)
-
-    problem = Problem(
-        query=query,
-        key=key,
-        scale=scale_of(temperature, query, key, negatives, bank, extra_logits),
-        target=target,
-        negatives=negatives,
-        bank=None if bank is None else bank.detach(),
-        extra_logits=extra_logits,
-        query_group=query_group,
-        key_group=key_group,
-        hard_negative_weight=float(hard_negative_weight),
-        same_group=same_group,
-        margin=float(margin),
-        symmetric=symmetric,
-        precision=precision or "default",
-    )
-    return compose.apply(problem, reduction, backend, mixing, bank_group)
+        _check_mixing(mixing, problem)
+    return compose.apply(problem, reduction, backend, mixing)
 
 
-def _check_bank_group(bank_group: Tensor, query: Tensor, bank: Tensor | None, query_group: Tensor | None) -> None:
-    if bank is None or query_group is None:
-        missing = "a bank" if bank is None else "groups of queries and keys"
-        raise ValueError(f"bank_group: expected None without {missing}, got {check.describe(bank_group)}")
-    check.index_vector("bank_group", bank_group, bank.shape[0], "a group for each bank row", query)
-
-
-def _check_mixing(mixing: Mixing, query: Tensor, key: Tensor, target: Tensor | None, symmetric: bool) -> None:
+def _check_mixing(mixing: Mixing, problem: Problem) -> None:
     if not isinstance(mixing, Mixing):
         raise TypeError(f"mixing: expected a Mixing or None, got {check.describe(mixing)}")
-    if symmetric:
+    if problem.symmetric:
         raise ValueError("mixing: expected None with symmetric=True, since a mixture has one direction")
-    check_k(mixing.k, query, key, 1 if target is None else 0)
-    check_pairs(query, mixing.pairs)
+    if problem.has_limit:
+        raise ValueError("mixing: expected None with a limit, above which its hardest keys would be")
+    if problem.query_group is not None and problem.query_group.shape[1] > 1:
+        raise ValueError("mixing: expected None with several relations, since its keys are chosen by one")
+    check_k(mixing.k, problem.query, problem.key, 1 if problem.target is None else 0)
+    check_pairs(problem.query, mixing.pairs)
     check.share("alpha", mixing.alpha)
-
-
-def check_options(
-    *,
-    margin: float,
-    symmetric: bool,
-    same_group: str,
-    reduction: str,
-    hard_negative_weight: float,
-    precision: str | None,
-    backend: str,
-) -> dict[str, Any]:
-    """The options of InfoNCE that say nothing of tensors, checked: the function's, and those a module keeps for it."""
-    check.real_number("hard_negative_weight", hard_negative_weight)
-    check.one_of("same_group", same_group, ("exclude", "negative", "positive"))
-    check.angle("margin", margin)
-    check.flag("symmetric", symmetric)
-    check.one_of("reduction", reduction, ("mean", "sum", "none"))
-    check.one_of("precision", precision, (None, "float32", "bf16"))
-    registry.check_name(backend)
-    return {
-        "margin": margin,
-        "symmetric": symmetric,
-        "same_group": same_group,
-        "reduction": reduction,
-        "hard_negative_weight": hard_negative_weight,
-        "precision": precision,
-        "backend": backend,
-    }
-
-
-OPTIONS = tuple(inspect.signature(check_options).parameters)

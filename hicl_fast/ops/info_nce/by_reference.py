@@ -6,6 +6,8 @@ differentiated any number of times and transformed at will.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,25 +17,21 @@ from hicl_fast.ops.info_nce.reference import Statistics, info_nce_with_statistic
 from hicl_fast.ops.mixed_negatives.by_reference import mixed_negatives
 
 # What the reference is called with as it stands in the problem.
-_SHARED = [name for name in FIELDS if name not in ("query", "key", "scale", "extra_logits", "precision")]
+_SHARED = [name for name in FIELDS if name not in ("scale", "precision")]
 
 
-def info_nce(
-    problem: Problem, reduction: str, extra_logits: Tensor | None = None, bank_group: Tensor | None = None
-) -> Statistics:
-    """``extra_logits`` (N, E): further ones than the problem's; ``bank_group`` (B,): groups of its bank's rows."""
+def arguments_of(problem: Problem) -> dict[str, Any]:
+    """The problem as the reference takes it."""
+    scale = problem.scale.to(device=problem.query.device, dtype=problem.dtype)
+    return {name: getattr(problem, name) for name in _SHARED} | {"temperature": scale.reciprocal()}
+
+
+def info_nce(problem: Problem, reduction: str, extra_logits: Tensor | None = None) -> Statistics:
+    """``extra_logits`` (N, E): further ones than the problem's."""
     extra = [x for x in (problem.extra_logits, extra_logits) if x is not None]
-    dtype = problem.dtype
-    joined = torch.cat([x.to(dtype) for x in extra], dim=1) if extra else None
-    return info_nce_with_statistics(
-        problem.query,
-        problem.key,
-        temperature=problem.scale.to(device=problem.query.device, dtype=dtype).reciprocal(),
-        extra_logits=joined,
-        bank_group=bank_group,
-        **{name: getattr(problem, name) for name in _SHARED},
-        reduction=reduction,  # type: ignore[arg-type]
-    )
+    joined = torch.cat([x.to(problem.dtype) for x in extra], dim=1) if extra else None
+    arguments = arguments_of(problem) | {"extra_logits": joined, "reduction": reduction}
+    return info_nce_with_statistics(**arguments)
 
 
 def mixed_logits(problem: Problem, mixing: Mixing, index: Tensor) -> Tensor:
@@ -45,6 +43,5 @@ def mixed_logits(problem: Problem, mixing: Mixing, index: Tensor) -> Tensor:
 
 def hardest_keys(problem: Problem, k: int) -> Tensor:
     """(N, k) int64, the keys that are mixed."""
-    groups = (None, None) if problem.same_group == "negative" else (problem.query_group, problem.key_group)
-    _, index = hard_negatives(problem.query, problem.key, k, problem.target, *groups)
+    _, index = hard_negatives(problem.query, problem.key, k, problem.target, *problem.one_relation())
     return index

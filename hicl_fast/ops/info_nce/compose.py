@@ -16,23 +16,13 @@ from hicl_fast.ops.info_nce.problem import NOTHING, Mixing, Problem, Result, Wan
 from hicl_fast.ops.mixed_negatives import operator as mixed_negatives
 
 
-def apply(
-    problem: Problem,
-    reduction: str,
-    backend: str,
-    mixing: Mixing | None = None,
-    bank_group: Tensor | None = None,  # (B,) int64
-) -> Result:
-    if problem.same_group == "negative":
-        bank_group = None
+def apply(problem: Problem, reduction: str, backend: str, mixing: Mixing | None = None) -> Result:
     if is_transformed(*problem.differentiable()):
-        return _apply_transformed(problem, reduction, backend, mixing, bank_group)
+        return _apply_transformed(problem, reduction, backend, mixing)
     if mixing is not None:
-        return _apply_mixing(problem, reduction, backend, mixing, bank_group)
+        return _apply_mixing(problem, reduction, backend, mixing)
     if problem.symmetric and not _one_sweep_covers_both_directions(problem):
-        return _average_of_directions(problem, reduction, backend, bank_group)
-    if bank_group is not None:
-        problem = _with_bank_among_keys(problem, bank_group)
+        return _average_of_directions(problem, reduction, backend)
     backend = registry.choose(backend, "info_nce", problem.query.device.type, problem.dtype, problem.features())
     inputs = problem.differentiable()
     wanted = _wanted(inputs)
@@ -57,40 +47,30 @@ def _apply_traced(problem: Problem, reduction: str, wanted: Wanted, backend: str
     return Result(*outputs[:3])
 
 
-def _with_bank_among_keys(problem: Problem, bank_group: Tensor) -> Problem:
-    """Bank rows as keys without gradient, behind the others: then groups mean for them what they mean for keys."""
-    assert problem.bank is not None and problem.key_group is not None
-    keys, groups = torch.cat([problem.key, problem.bank]), torch.cat([problem.key_group, bank_group])
-    return replace(problem, key=keys, key_group=groups, bank=None)
-
-
-def _apply_mixing(problem: Problem, reduction: str, backend: str, mixing: Mixing, bank_group: Tensor | None) -> Result:
+def _apply_mixing(problem: Problem, reduction: str, backend: str, mixing: Mixing) -> Result:
     """In the sweep over the similarities where the backend does that; else hard negatives and mixtures come first."""
     chosen = registry.choose(backend, "info_nce", problem.query.device.type, problem.dtype, problem.features())
     inputs = problem.differentiable()
-    can_sweep = bank_group is None and reduction != "none" and runs_eagerly(*inputs, mixing.pairs)
+    can_sweep = reduction != "none" and not problem.key_hardness and runs_eagerly(*inputs, mixing.pairs)
     if can_sweep and _mixes_while_sweeping(chosen):
         mixed_negatives.check_indices("pairs", mixing.pairs, mixing.k, "places among the k")
         return _apply_mean(problem, reduction, _wanted(inputs), chosen, mixing)
 
-    groups = (None, None) if problem.same_group == "negative" else (problem.query_group, problem.key_group)
     problem = _in_type_of_sums(problem)
     query, key = problem.query, problem.key
-    _, index = hard_negatives.apply(query, key, mixing.k, problem.target, *groups, True, backend)
+    _, index = hard_negatives.apply(query, key, mixing.k, problem.target, *problem.one_relation(), True, backend)
     logits = mixed_negatives.apply(query, key, index, mixing.pairs, mixing.alpha, problem.scale, backend)
     if problem.extra_logits is not None:
         logits = torch.cat([problem.extra_logits.to(logits.dtype), logits], dim=1)
     with_mixtures = replace(problem, extra_logits=logits)
-    return apply(with_mixtures, reduction, backend, bank_group=bank_group)._replace(hard_negatives=index)
+    return apply(with_mixtures, reduction, backend)._replace(hard_negatives=index)
 
 
 def _mixes_while_sweeping(backend: str) -> bool:
     return getattr(registry.implementation("info_nce", backend), "MIXES_WHILE_SWEEPING", False)
 
 
-def _apply_transformed(
-    problem: Problem, reduction: str, backend: str, mixing: Mixing | None, bank_group: Tensor | None
-) -> Result:
+def _apply_transformed(problem: Problem, reduction: str, backend: str, mixing: Mixing | None) -> Result:
     registry.choose(backend, "info_nce", problem.query.device.type, problem.dtype, problem.features())  # or its refusal
     problem.check_values()
     index = mixed = None
@@ -99,16 +79,16 @@ def _apply_transformed(
         index = by_reference.hardest_keys(problem, mixing.k)
         hard_negatives.check_found(index, mixing.k)
         mixed = by_reference.mixed_logits(problem, mixing, index)
-    return Result(*by_reference.info_nce(problem, reduction, mixed, bank_group), index)
+    return Result(*by_reference.info_nce(problem, reduction, mixed), index)
 
 
 def _one_sweep_covers_both_directions(problem: Problem) -> bool:
-    """Columns beyond the keys, and several positives, look different from the other side."""
+    """Columns beyond the keys, several positives, and limits look different from the other side."""
     only_keys = problem.negatives is None and problem.bank is None and problem.extra_logits is None
-    return only_keys and problem.same_group != "positive"
+    return only_keys and problem.same_group != "positive" and not problem.has_limit
 
 
-def _average_of_directions(problem: Problem, reduction: str, backend: str, bank_group: Tensor | None) -> Result:
+def _average_of_directions(problem: Problem, reduction: str, backend: str) -> Result:
     forward = replace(_in_type_of_sums(problem), symmetric=False)
     exchanged = replace(
         forward,
@@ -117,7 +97,7 @@ def _average_of_directions(problem: Problem, reduction: str, backend: str, bank_
         query_group=problem.key_group,
         key_group=problem.query_group,
     )
-    rows, columns = (apply(one, reduction, backend, bank_group=bank_group) for one in (forward, exchanged))
+    rows, columns = (apply(one, reduction, backend) for one in (forward, exchanged))
     return rows._replace(loss=(rows.loss + columns.loss) / 2)
 
 

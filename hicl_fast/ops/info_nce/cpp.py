@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from hicl_fast.ops.common.precision import brought_to
-from hicl_fast.ops.info_nce.problem import Columns, Gradients, Mixing, Problem, RowStatistics, Wanted
+from hicl_fast.ops.info_nce.problem import KindOfColumn, Gradients, Mixing, Problem, RowStatistics, Wanted
+from hicl_fast.ops.info_nce.rows import RowWeights
 
 MIXES_WHILE_SWEEPING = True  # `forward` takes a Mixing
 
 # Of each kind of column the operator takes the tensors and the numbers among its fields, in their order.
-_is_tensor = {one.name: "Tensor" in str(one.type) for one in fields(Columns) if one.name != "name"}
+_is_tensor = {one.name: "Tensor" in str(one.type) for one in fields(KindOfColumn) if one.name != "name"}
 tensors_of = operator.attrgetter(*(name for name, is_tensor in _is_tensor.items() if is_tensor))
 numbers_of = operator.attrgetter(*(name for name, is_tensor in _is_tensor.items() if not is_tensor))
 
@@ -25,18 +26,28 @@ numbers_of = operator.attrgetter(*(name for name, is_tensor in _is_tensor.items(
 def forward(
     problem: Problem, row_weight: float, wanted: Wanted, mixing: Mixing | None = None
 ) -> tuple[RowStatistics, Gradients]:
-    return _run(problem, row_weight, None, wanted, mixing)
+    return _run(problem, wanted, row_weight=row_weight, mixing=mixing)
 
 
 def backward(
     problem: Problem, negative_lse: Tensor, column_lse: Tensor, loss_grad: Tensor, wanted: Wanted
 ) -> Gradients:
     """Sweeps again: with a block's whole rows in cache their statistics cost next to nothing."""
-    return _run(problem, 1.0, loss_grad, wanted)[1]
+    return _run(problem, wanted, loss_grad=loss_grad)[1]
+
+
+def log_sum_exp_backward(problem: Problem, negative_lse: Tensor, weights: RowWeights, wanted: Wanted) -> Gradients:
+    return _run(problem, wanted, weights=weights)[1]
 
 
 def _run(
-    problem: Problem, row_weight: float, loss_grad: Tensor | None, wanted: Wanted, mixing: Mixing | None = None
+    problem: Problem,
+    wanted: Wanted,
+    *,
+    row_weight: float = 1.0,
+    loss_grad: Tensor | None = None,
+    weights: RowWeights | None = None,
+    mixing: Mixing | None = None,
 ) -> tuple[RowStatistics, Gradients]:
     asked, problem = problem, problem.with_exact_products()
     dtype, kinds = problem.dtype, problem.columns(wanted)
@@ -48,6 +59,10 @@ def _run(
             [float(x) for columns in kinds for x in numbers_of(columns)],
             _ready(problem.extra_logits, dtype),
             _ready(loss_grad, dtype),
+            *((None, None) if weights is None else (_ready(weights.negative, dtype), _ready(weights.positive, dtype))),
+            _ready(problem.limit, dtype),
+            problem.false_negative_margin,
+            problem.false_negative_ratio,
             row_weight,
             float(problem.scale),
             problem.margin,

@@ -94,37 +94,38 @@ def _sweep_rows_backward(
         return implementation.backward(problem, negative_lse, column_lse, loss_grad, wanted)
 
 
-def _distinct(outputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
+def distinct(outputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
     """A backend may give one empty tensor for all gradients that nobody wants; an operator's outputs must not alias."""
     return tuple(x if x.numel() else x.clone() for x in outputs)
 
 
-def _checked(*flat: Any, **others: tuple[Tensor, str]) -> Problem:
+def checked(operator: str, flat: Sequence[Any], **others: tuple[Tensor, str]) -> Problem:
     problem = Problem(*flat)
-    check_shapes("info_nce", **problem.shapes(), **others)
+    check_shapes(operator, **problem.shapes(), **others)
     n, m = problem.query.shape[0], problem.key.shape[0]
     if problem.target is None and m < n:
-        raise ValueError(f"info_nce: key: expected at least {n} rows without a target, got {m}")
-    if (problem.query_group is None) != (problem.key_group is None):
-        raise ValueError("info_nce: query_group, key_group: expected both or neither, got one")
+        raise ValueError(f"{operator}: key: expected at least {n} rows without a target, got {m}")
+    groups = (problem.key_group, problem.negatives_group, problem.bank_group)
+    if (problem.query_group is None) != all(group is None for group in groups):
+        raise ValueError(f"{operator}: query_group: expected together with groups of columns, got one without the other")
     return problem
 
 
 def _run_mean(*args: Any) -> tuple[Tensor, ...]:
     *flat, reduction, wanted, backend = args
-    result, gradients = sweep(_checked(*flat), reduction, Wanted(*wanted), backend)
-    return _distinct((*result[:3], *gradients))
+    result, gradients = sweep(checked("info_nce", flat), reduction, Wanted(*wanted), backend)
+    return distinct((*result[:3], *gradients))
 
 
 def _run_rows(*args: Any) -> tuple[Tensor, ...]:
     *flat, backend = args
-    return _sweep_rows(_checked(*flat), backend)
+    return _sweep_rows(checked("info_nce", flat), backend)
 
 
 def _run_rows_backward(*args: Any) -> tuple[Tensor, ...]:
     *flat, negative_lse, column_lse, loss_grad, wanted, backend = args
-    problem = _checked(*flat, negative_lse=(negative_lse, "N"), loss_grad=(loss_grad, "N"))
-    return _distinct(_sweep_rows_backward(problem, negative_lse, column_lse, loss_grad, Wanted(*wanted), backend))
+    problem = checked("info_nce", flat, negative_lse=(negative_lse, "N"), loss_grad=(loss_grad, "N"))
+    return distinct(_sweep_rows_backward(problem, negative_lse, column_lse, loss_grad, Wanted(*wanted), backend))
 
 
 for _name, _run in (
@@ -138,7 +139,7 @@ for _name, _run in (
 # --- what shapes and types they return -------------------------------------------------------------------------------
 
 
-def _fake_statistics(problem: Problem) -> RowStatistics:
+def fake_statistics(problem: Problem) -> RowStatistics:
     def empty(length: int) -> Tensor:
         return problem.query.new_empty(length, dtype=problem.dtype)
 
@@ -148,7 +149,7 @@ def _fake_statistics(problem: Problem) -> RowStatistics:
     )
 
 
-def _fake_gradients(problem: Problem, wanted: Wanted) -> Gradients:
+def fake_gradients(problem: Problem, wanted: Wanted) -> Gradients:
     def like(name: str, is_wanted: bool) -> Tensor:
         value = getattr(problem, name)
         return problem.query.new_empty(value.shape if is_wanted else (0,), dtype=problem.dtype)
@@ -160,21 +161,21 @@ def _fake_gradients(problem: Problem, wanted: Wanted) -> Gradients:
 def _fake_mean(*args: Any) -> tuple[Tensor, ...]:
     *flat, _, wanted, _ = args
     problem = Problem(*flat)
-    statistics = _fake_statistics(problem)
-    gradients = _fake_gradients(problem, Wanted(*wanted))
+    statistics = fake_statistics(problem)
+    gradients = fake_gradients(problem, Wanted(*wanted))
     return statistics.loss.new_empty(()), statistics.positive, statistics.hardest, *gradients
 
 
 @torch.library.register_fake("hicl_fast::info_nce_rows", lib=_library)
 def _fake_rows(*args: Any) -> tuple[Tensor, ...]:
-    statistics = _fake_statistics(Problem(*args[: len(FIELDS)]))
+    statistics = fake_statistics(Problem(*args[: len(FIELDS)]))
     return statistics.loss, statistics.positive, statistics.hardest, statistics.negative_lse, statistics.column_lse
 
 
 @torch.library.register_fake("hicl_fast::info_nce_rows_backward", lib=_library)
 def _fake_rows_backward(*args: Any) -> tuple[Tensor, ...]:
     *flat, _, _, _, wanted, _ = args
-    return tuple(_fake_gradients(Problem(*flat), Wanted(*wanted)))
+    return tuple(fake_gradients(Problem(*flat), Wanted(*wanted)))
 
 
 # --- autograd --------------------------------------------------------------------------------------------------------
@@ -234,33 +235,45 @@ def _saved_gradients(ctx: Any, loss_grad: Tensor) -> list[Tensor | None]:
     return [give(gradient, to) for gradient, to in zip(ctx.saved_tensors, ctx.destinations, strict=True)]
 
 
-def _save_rows(ctx: Any, problem: Problem, backend: str, outputs: tuple[Tensor, ...]) -> None:
+def save_problem(ctx: Any, problem: Problem, backend: str, *outputs: Tensor) -> None:
+    """For a backward pass that looks at the inputs again."""
     flat = problem.flat()
     ctx.backend = backend
     ctx.constants = [None if isinstance(x, Tensor) else x for x in flat]
     ctx.is_tensor = [isinstance(x, Tensor) for x in flat]
-    ctx.save_for_backward(*outputs[3:], *(x for x in flat if isinstance(x, Tensor)))
+    ctx.num_outputs = len(outputs)
+    ctx.save_for_backward(*outputs, *(x for x in flat if isinstance(x, Tensor)))
     ctx.set_materialize_grads(False)
+
+
+def saved_problem(ctx: Any) -> tuple[Problem, bool, list[Tensor]]:
+    """The problem, whether it can be handed to a backend now, and the outputs that were saved with it."""
+    outputs, inputs = ctx.saved_tensors[: ctx.num_outputs], ctx.saved_tensors[ctx.num_outputs :]
+    tensors = iter(inputs)
+    flat = [next(tensors) if tensor else x for x, tensor in zip(ctx.constants, ctx.is_tensor, strict=True)]
+    return Problem(*flat), runs_eagerly(*ctx.saved_tensors), list(outputs)
+
+
+def of_inputs(problem: Problem, wanted: Wanted, gradients: Iterable[Tensor]) -> list[Tensor | None]:
+    """The gradients in their inputs' types."""
+    destinations = _destinations(problem.differentiable(), wanted)
+    return [None if to is None else to.take(gradient) for gradient, to in zip(gradients, destinations, strict=True)]
 
 
 def _row_gradients(ctx: Any, loss_grad: Tensor | None, needs_grad: Iterable[bool]) -> Sequence[Tensor | None]:
     wanted = Wanted(*needs_grad)
     if loss_grad is None:
         return [None] * len(wanted)
-    negative_lse, column_lse, *saved = ctx.saved_tensors
-    tensors = iter(saved)
-    flat = [next(tensors) if tensor else x for x, tensor in zip(ctx.constants, ctx.is_tensor, strict=True)]
-    problem = Problem(*flat)
+    problem, is_eager, (negative_lse, column_lse) = saved_problem(ctx)
 
     def compute() -> list[Tensor | None]:
-        if runs_eagerly(*saved):
+        if is_eager:
             gradients = _sweep_rows_backward(problem, negative_lse, column_lse, loss_grad, wanted, ctx.backend)
         else:
             gradients = torch.ops.hicl_fast.info_nce_rows_backward(
-                *flat, negative_lse, column_lse, loss_grad, list(wanted), ctx.backend
+                *problem.flat(), negative_lse, column_lse, loss_grad, list(wanted), ctx.backend
             )
-        destinations = _destinations(problem.differentiable(), wanted)
-        return [None if to is None else to.take(gradient) for gradient, to in zip(gradients, destinations, strict=True)]
+        return of_inputs(problem, wanted, gradients)
 
     return first_derivatives(compute, _value(problem, "none"), loss_grad, problem.differentiable())
 
@@ -311,7 +324,7 @@ class InfoNCERows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, problem: Problem, backend: str, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         outputs = _sweep_rows(problem, backend)
-        _save_rows(ctx, problem, backend, outputs)
+        save_problem(ctx, problem, backend, *outputs[3:])
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -320,7 +333,7 @@ class InfoNCERows(torch.autograd.Function):
         return (None, None, *_row_gradients(ctx, loss_grad, ctx.needs_input_grad[2:]))
 
 
-def _among_arguments(gradients: Iterable[Tensor | None], num_arguments: int) -> tuple[Tensor | None, ...]:
+def among_arguments(gradients: Iterable[Tensor | None], num_arguments: int) -> tuple[Tensor | None, ...]:
     """The gradients at their inputs' places among a registered operator's arguments."""
     placed: list[Tensor | None] = [None] * num_arguments
     for name, gradient in zip(DIFFERENTIABLE, gradients, strict=True):
@@ -337,18 +350,18 @@ def _setup_mean(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _backward_mean(ctx: Any, loss_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    return _among_arguments(_mean_gradients(ctx, loss_grad), len(FIELDS) + 3)
+    return among_arguments(_mean_gradients(ctx, loss_grad), len(FIELDS) + 3)
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *flat, backend = inputs
-    _save_rows(ctx, Problem(*flat), backend, output)
+    save_problem(ctx, Problem(*flat), backend, *output[3:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward_rows(ctx: Any, loss_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     needs_grad = [ctx.needs_input_grad[FIELDS.index(name)] for name in DIFFERENTIABLE]
-    return _among_arguments(_row_gradients(ctx, loss_grad, needs_grad), len(FIELDS) + 1)
+    return among_arguments(_row_gradients(ctx, loss_grad, needs_grad), len(FIELDS) + 1)
 
 
 torch.library.register_autograd("hicl_fast::info_nce_mean", _backward_mean, setup_context=_setup_mean, lib=_library)

@@ -6,6 +6,7 @@ kernels, and the calls of the reference and of other ranks' blocks follow from i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -84,7 +85,7 @@ class Result(NamedTuple):
 
 
 @dataclass(eq=False, slots=True)
-class Columns:
+class KindOfColumn:
     """A kind of column: vectors that every query is compared with, and the rules that hold for them.
 
     A new rule is a field here, its place in :meth:`Problem.columns`, and a line where each backend masks its logits.
@@ -97,8 +98,9 @@ class Columns:
     special_column: Tensor | None = None  # (N,) int64; None: row i's is column i
     bias: float = 0.0  # added to the logit of a row's own negative
     groups: Groups = Groups.ORDINARY
-    query_group: Tensor | None = None  # (N,) int64, where the groups are not ordinary
-    group: Tensor | None = None  # (C,) int64, likewise
+    query_group: Tensor | None = None  # (N, G) int64, where the groups are not ordinary: one id for each relation
+    group: Tensor | None = None  # (C, G) int64, likewise
+    hardness: float = 0.0  # times the similarity, held constant, is added to the logit of a column that is no positive
 
     @property
     def count(self) -> int:
@@ -107,15 +109,15 @@ class Columns:
     @property
     def added(self) -> tuple[float, float]:
         """The least and the most that the rules add to a logit."""
-        return min(self.bias, 0.0), max(self.bias, 0.0)
+        return min(self.bias, 0.0) - self.hardness, max(self.bias, 0.0) + self.hardness
 
-    def contiguous(self) -> Columns:
+    def contiguous(self) -> KindOfColumn:
         """The same, its rules' tensors contiguous, as kernels take them."""
         rules = {name: x.contiguous() for name in _RULE_TENSORS if (x := getattr(self, name)) is not None}
         return replace(self, **rules)
 
 
-_RULE_TENSORS = [one.name for one in fields(Columns) if "Tensor" in str(one.type) and one.name != "vectors"]
+_RULE_TENSORS = [one.name for one in fields(KindOfColumn) if "Tensor" in str(one.type) and one.name != "vectors"]
 
 
 def _tensor(shape: str, *, optional: bool = False) -> Any:
@@ -134,8 +136,16 @@ class Problem:
     negatives: Tensor | None = _tensor("PD", optional=True)
     bank: Tensor | None = _tensor("BD", optional=True)
     extra_logits: Tensor | None = _tensor("NE", optional=True)
-    query_group: Tensor | None = _tensor("N", optional=True)  # int64
-    key_group: Tensor | None = _tensor("M", optional=True)  # int64
+    query_group: Tensor | None = _tensor("NG", optional=True)  # int64; where one of a column's G ids is the row's own, they
+    key_group: Tensor | None = _tensor("MG", optional=True)  # int64    are of one group
+    negatives_group: Tensor | None = _tensor("PG", optional=True)  # int64
+    bank_group: Tensor | None = _tensor("BG", optional=True)  # int64
+    limit: Tensor | None = _tensor("N", optional=True)  # a column whose similarity is larger is left out, unless it is a positive
+    false_negative_margin: float = math.inf  # likewise one above the positive's similarity plus this,
+    false_negative_ratio: float = math.inf  # or above this times the positive's similarity, where that is above 0
+    key_hardness: float = 0.0  # times the similarity, held constant, is added to the logits of those that are no positives
+    negatives_hardness: float = 0.0
+    bank_hardness: float = 0.0
     hard_negative_weight: float = 0.0  # added to the logit of row i's own negative; 0: no negative is anyone's own
     same_group: str = "exclude"  # "exclude" | "negative" | "positive"
     margin: float = 0.0  # radians
@@ -155,24 +165,37 @@ class Problem:
             return self
         return replace(self, query=self.query.double())  # one input in float64 makes the sums float64
 
-    @property
-    def groups(self) -> Groups:
-        """What keys of a row's group are to it."""
-        if self.query_group is None or self.key_group is None:
-            return Groups.ORDINARY
-        return _GROUPS[self.same_group]
-
-    def columns(self, wanted: Wanted) -> list[Columns]:
+    def columns(self, wanted: Wanted) -> list[KindOfColumn]:
         """The kinds of column that are vectors, the keys first."""
-        own = Special.OWN_NEGATIVE if self.hard_negative_weight else Special.NOTHING
-        of_groups = (self.query_group, self.key_group) if self.groups != Groups.ORDINARY else (None, None)
-        kinds = [Columns("key", self.key, wanted.key, Special.POSITIVE, self.target, 0.0, self.groups, *of_groups)]
+        groups, hardness = self._groups(self.key_group), self.key_hardness
+        kinds = [KindOfColumn("key", self.key, wanted.key, Special.POSITIVE, self.target, 0.0, *groups, hardness)]
         if self.negatives is not None:
-            bias = self.hard_negative_weight
-            kinds.append(Columns("negatives", self.negatives, wanted.negatives, special=own, bias=bias))
+            own, bias = Special.NOTHING, self.hard_negative_weight
+            if bias:
+                own = Special.OWN_NEGATIVE
+            groups, hardness = self._groups(self.negatives_group), self.negatives_hardness
+            kinds.append(KindOfColumn("negatives", self.negatives, wanted.negatives, own, None, bias, *groups, hardness))
         if self.bank is not None:
-            kinds.append(Columns("bank", self.bank, wants_gradient=False))
+            groups, hardness = self._groups(self.bank_group), self.bank_hardness
+            kinds.append(KindOfColumn("bank", self.bank, False, Special.NOTHING, None, 0.0, *groups, hardness))
         return kinds
+
+    def _groups(self, group: Tensor | None) -> tuple[Groups, Tensor | None, Tensor | None]:
+        """What columns of a row's group are to it, where they have groups (C, G), and those of rows and columns."""
+        meaning = GROUPS[self.same_group]
+        if self.query_group is None or group is None or meaning == Groups.ORDINARY:
+            return Groups.ORDINARY, None, None
+        return meaning, self.query_group, group
+
+    @property
+    def has_limit(self) -> bool:
+        return self.limit is not None or min(self.false_negative_margin, self.false_negative_ratio) < math.inf
+
+    def one_relation(self) -> tuple[Tensor | None, Tensor | None]:
+        """Groups (N,) and (M,) of queries and keys, for what knows of one relation; ``None`` where they mean nothing."""
+        if self.query_group is None or self.key_group is None or GROUPS[self.same_group] == Groups.ORDINARY:
+            return None, None
+        return self.query_group[:, 0], self.key_group[:, 0]
 
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """The inputs that can have gradients, in the order of :class:`Wanted` and :class:`Gradients`."""
@@ -202,6 +225,14 @@ class Problem:
             found.append("a bank")
         if self.query_group is not None and self.same_group == "positive":
             found.append("several positives")
+        if self.query_group is not None and self.query_group.shape[1] > 1:
+            found.append("several relations")
+        if self.negatives_group is not None:
+            found.append("groups of explicit negatives")
+        if self.has_limit:
+            found.append("a limit")
+        if self.key_hardness or self.negatives_hardness or self.bank_hardness:
+            found.append("hardness")
         if self.symmetric:
             found.append("a symmetric loss")
         return tuple(found)
@@ -220,7 +251,7 @@ class Problem:
                 )
 
 
-_GROUPS = {"exclude": Groups.EXCLUDED, "negative": Groups.ORDINARY, "positive": Groups.POSITIVES}
+GROUPS = {"exclude": Groups.EXCLUDED, "negative": Groups.ORDINARY, "positive": Groups.POSITIVES}
 
 FIELDS = [one.name for one in fields(Problem)]
 _SHAPES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,15 @@ def info_nce(
     temperature: float | Tensor = 0.05,
     negatives: Tensor | None = None,  # (P, D)
     hard_negative_weight: float = 0.0,
+    negatives_group: Tensor | None = None,  # (P,) int64
     bank: Tensor | None = None,  # (B, D)
     extra_logits: Tensor | None = None,  # (N, E)
+    limit: Tensor | None = None,  # (N,)
+    false_negative_margin: float = math.inf,
+    false_negative_ratio: float = math.inf,
+    key_hardness: float = 0.0,
+    negatives_hardness: float = 0.0,
+    bank_hardness: float = 0.0,
     query_group: Tensor | None = None,  # (N,) int64
     key_group: Tensor | None = None,  # (M,) int64
     bank_group: Tensor | None = None,  # (B,) int64
@@ -42,8 +49,15 @@ def info_nce(
         temperature=temperature,
         negatives=negatives,
         hard_negative_weight=hard_negative_weight,
+        negatives_group=negatives_group,
         bank=bank,
         extra_logits=extra_logits,
+        limit=limit,
+        false_negative_margin=false_negative_margin,
+        false_negative_ratio=false_negative_ratio,
+        key_hardness=key_hardness,
+        negatives_hardness=negatives_hardness,
+        bank_hardness=bank_hardness,
         query_group=query_group,
         key_group=key_group,
         bank_group=bank_group,
@@ -70,8 +84,15 @@ def info_nce_with_statistics(
     temperature: float | Tensor = 0.05,
     negatives: Tensor | None = None,
     hard_negative_weight: float = 0.0,
+    negatives_group: Tensor | None = None,
     bank: Tensor | None = None,
     extra_logits: Tensor | None = None,
+    limit: Tensor | None = None,
+    false_negative_margin: float = math.inf,
+    false_negative_ratio: float = math.inf,
+    key_hardness: float = 0.0,
+    negatives_hardness: float = 0.0,
+    bank_hardness: float = 0.0,
     query_group: Tensor | None = None,
     key_group: Tensor | None = None,
     bank_group: Tensor | None = None,
@@ -85,9 +106,16 @@ def info_nce_with_statistics(
         _rows,
         negatives=negatives,
         hard_negative_weight=hard_negative_weight,
+        negatives_group=negatives_group,
         bank=bank,
         bank_group=bank_group,
         extra_logits=extra_logits,
+        limit=limit,
+        false_negative_margin=false_negative_margin,
+        false_negative_ratio=false_negative_ratio,
+        key_hardness=key_hardness,
+        negatives_hardness=negatives_hardness,
+        bank_hardness=bank_hardness,
         temperature=temperature,
         same_group=same_group,
         margin=margin,
@@ -117,7 +145,17 @@ def normalise(x: Tensor) -> Tensor:
     return torch.where(is_zero, torch.zeros_like(x), unit)
 
 
-def _rows(
+class Logits(NamedTuple):
+    """Of each row: its positive, and its other columns."""
+
+    negative: Tensor  # (N, C) of all columns but the positive, −inf where one is left out
+    positive: Tensor  # (N,) with the margin
+    similarity: Tensor  # (N,) the positive's
+    competing: Tensor  # (N, C) similarities of the columns that are no positives and not left out; −inf for others
+    mean_positive: Tensor  # (N,) the mean logit of all positives, where groups make several
+
+
+def logits_of_rows(
     query: Tensor,
     key: Tensor,
     target: Tensor | None,
@@ -126,13 +164,20 @@ def _rows(
     *,
     negatives: Tensor | None,
     hard_negative_weight: float,
+    negatives_group: Tensor | None,
     bank: Tensor | None,
     bank_group: Tensor | None,
     extra_logits: Tensor | None,
+    limit: Tensor | None,
+    false_negative_margin: float,
+    false_negative_ratio: float,
+    key_hardness: float,
+    negatives_hardness: float,
+    bank_hardness: float,
     temperature: float | Tensor,
     same_group: SameGroup,
     margin: float,
-) -> Statistics:
+) -> Logits:
     n, m = query.shape[0], key.shape[0]
     target = torch.arange(n, device=query.device) if target is None else target
     dtype = _sum_type(query, key, negatives, bank, extra_logits)
@@ -143,39 +188,68 @@ def _rows(
     key_logits = torch.where(is_target, _with_margin(positive, margin)[:, None], similarity) / temperature
     positive_logit = key_logits.gather(1, target[:, None]).squeeze(1)
 
-    in_group = is_target
-    if query_group is not None and key_group is not None:
-        in_group = in_group | (query_group[:, None] == key_group[None, :])
-    left_out = in_group if same_group == "exclude" else is_target
-    denominator = [key_logits.masked_fill(left_out, -torch.inf)]  # everything but the positive, which is added last
-    competing = [similarity.masked_fill(is_target if same_group == "negative" else in_group, -torch.inf)]
+    limit = _limit(positive.detach(), limit, false_negative_margin, false_negative_ratio)
+    denominator, competing, positives = [], [], []
 
+    def add(similarity: Tensor, logits: Tensor, group: Tensor | None, special: Tensor) -> None:
+        """A kind of column (N, C); ``special`` (N, C): the positive, which is added to the denominator last."""
+        in_group = special
+        if query_group is not None and group is not None and same_group != "negative":
+            in_group = special | _of_one_group(query_group, group)
+        above = similarity > limit[:, None]
+        is_positive = in_group if same_group == "positive" else special
+        left_out = special | (above & ~is_positive) | (in_group & ~is_positive)
+        denominator.append(logits.masked_fill(left_out, -torch.inf))
+        competing.append(similarity.masked_fill(left_out | in_group, -torch.inf))
+        positives.append((logits, in_group))  # where groups make them
+
+    def others(vectors: Tensor, group: Tensor | None, hardness: float, added: float | Tensor = 0.0) -> None:
+        """A kind of column that has no special one."""
+        similarity = unit_query @ normalise(vectors.to(dtype)).T  # (N, C)
+        logits = similarity / temperature + hardness * similarity.detach() + added
+        add(similarity, logits, group, torch.zeros_like(similarity, dtype=torch.bool))
+
+    hardness = key_hardness * similarity.detach().masked_fill(is_target, 0.0)
+    add(similarity, key_logits + hardness, key_group, is_target)
     if negatives is not None:
-        competing.append(unit_query @ normalise(negatives.to(dtype)).T)  # (N, P)
-        logits = competing[-1] / temperature
-        if hard_negative_weight != 0.0:
-            logits = logits + hard_negative_weight * torch.eye(n, dtype=dtype, device=query.device)
-        denominator.append(logits)
-    positives = [(key_logits, in_group)]  # where groups make them
+        own = hard_negative_weight * torch.eye(n, dtype=dtype, device=query.device) if hard_negative_weight else 0.0
+        others(negatives, negatives_group, negatives_hardness, own)
     if bank is not None:
-        similarity = unit_query @ normalise(bank.detach().to(dtype)).T  # (N, B)
-        in_group = torch.zeros_like(similarity, dtype=torch.bool)
-        if bank_group is not None and query_group is not None:
-            in_group = query_group[:, None] == bank_group[None, :]
-        logits = similarity / temperature
-        competing.append(similarity if same_group == "negative" else similarity.masked_fill(in_group, -torch.inf))
-        denominator.append(logits.masked_fill(in_group, -torch.inf) if same_group == "exclude" else logits)
-        positives.append((logits, in_group))
+        others(bank.detach(), bank_group, bank_hardness)
     if extra_logits is not None:
         extra_logits = extra_logits.to(dtype)
         denominator.append(extra_logits.masked_fill(extra_logits == torch.inf, torch.nan))
 
-    loss = _log1p_ratio(torch.cat(denominator, dim=1), positive_logit)
+    mean_positive = positive_logit
     if same_group == "positive":
-        total = sum((logits * is_positive).sum(dim=1) for logits, is_positive in positives)
+        total = sum(logits.masked_fill(~is_positive, 0.0).sum(dim=1) for logits, is_positive in positives)
         mean_positive = total / sum(is_positive.sum(dim=1) for _, is_positive in positives)
-        loss = loss + positive_logit - mean_positive
-    return Statistics(loss, positive.detach(), torch.cat(competing, dim=1).detach().amax(dim=1))
+    return Logits(
+        torch.cat(denominator, dim=1), positive_logit, positive, torch.cat(competing, dim=1), mean_positive
+    )
+
+
+def largest(similarity: Tensor) -> Tensor:  # (N, C) -> (N,)
+    return similarity.detach().amax(dim=1)
+
+
+def _rows(*tensors: Tensor | None, **options: Any) -> Statistics:
+    logits = logits_of_rows(*tensors, **options)  # type: ignore[arg-type]
+    loss = _log1p_ratio(logits.negative, logits.positive) + (logits.positive - logits.mean_positive)
+    return Statistics(loss, logits.similarity.detach(), largest(logits.competing))
+
+
+def _limit(positive: Tensor, limit: Tensor | None, margin: float, ratio: float) -> Tensor:
+    """What a row's columns may be similar at most, by its positive's similarity. (N,) -> (N,)."""
+    found = torch.full_like(positive, torch.inf) if limit is None else limit.to(positive.dtype)
+    found = torch.minimum(found, positive + margin)
+    return torch.where(positive > 0, torch.minimum(found, positive.abs() * ratio), found)
+
+
+def _of_one_group(query_group: Tensor, group: Tensor) -> Tensor:  # (N,), (C,) or (N, G), (C, G) -> (N, C)
+    """Whether one of row's and column's ids is the same."""
+    rows, columns = (x if x.dim() == 2 else x[:, None] for x in (query_group, group))
+    return (rows[:, None] == columns[None]).any(dim=2)
 
 
 def _with_margin(positive: Tensor, margin: float) -> Tensor:
@@ -185,11 +259,18 @@ def _with_margin(positive: Tensor, margin: float) -> Tensor:
     return torch.cos(torch.arccos(positive.clamp(-1 + ANGLE_CLAMP, 1 - ANGLE_CLAMP)) + margin)
 
 
+def log_sum(logits: Tensor) -> Tensor:  # (N, C) -> (N,)
+    """``log Σ_j exp(logits_ij)``, −inf with gradient 0 where all of a row's are −inf."""
+    has_any = (logits != -torch.inf).any(dim=1)
+    total = torch.logsumexp(torch.where(has_any[:, None], logits, 0.0), dim=1)
+    return torch.where(has_any, total, -torch.inf)
+
+
 def _log1p_ratio(negative: Tensor, positive: Tensor) -> Tensor:
     """``log(1 + Σ_j exp(negative_ij) / exp(positive_i))``, which keeps the digits of a small loss. (N, C), (N,) -> (N,)."""
-    has_negative = (negative != -torch.inf).any(dim=1)
-    log_z = torch.logsumexp(torch.where(has_negative[:, None], negative, 0.0), dim=1)
-    loss = torch.logaddexp(log_z - positive, torch.zeros_like(positive))
+    log_z = log_sum(negative)
+    has_negative = log_z != -torch.inf
+    loss = torch.logaddexp(torch.where(has_negative, log_z, 0.0) - positive, torch.zeros_like(positive))
     return torch.where(has_negative, loss, positive - positive)  # the difference is 0, or NaN where the input was
 
 

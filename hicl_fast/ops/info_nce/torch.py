@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hicl_fast.ops.common.constants import ANGLE_CLAMP, Groups, Special
+from hicl_fast.ops.common.constants import Groups, Special
 from hicl_fast.ops.common.numbers import scale_on
 from hicl_fast.ops.common.precision import brought_to
-from hicl_fast.ops.common.unit_rows import UnitRows
-from hicl_fast.ops.info_nce.problem import Columns, Gradients, Problem, RowStatistics, Wanted
+from hicl_fast.ops.common.unit_rows import UnitRows, row_dot
+from hicl_fast.ops.info_nce.problem import KindOfColumn, Gradients, Problem, RowStatistics, Wanted
+from hicl_fast.ops.info_nce.rows import RowWeights, limits, with_margin
 
 # Up to ten temporaries of a chunk's size are in the allocator's hands at once; on a CPU, rows beyond some hundred gain nothing.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
@@ -27,7 +28,7 @@ _OTHER_DEVICE_CHUNK_BYTES = 256 << 20
 class _Kind:
     """A kind of column made ready: unit rows, their places among a row's logits, and their gradient as it grows."""
 
-    rules: Columns
+    rules: KindOfColumn
     unit: UnitRows  # (C, D)
     place: slice
     grad: Tensor  # (C, D); empty where it isn't wanted
@@ -56,8 +57,13 @@ def forward(problem: Problem, row_weight: float, wanted: Wanted) -> tuple[RowSta
 def backward(
     problem: Problem, negative_lse: Tensor, column_lse: Tensor, loss_grad: Tensor, wanted: Wanted
 ) -> Gradients:
-    gradients = _backward(problem.with_exact_products(), negative_lse, column_lse, loss_grad, wanted)
-    return brought_to(problem.dtype, gradients)
+    sweep = _Sweep(problem.with_exact_products(), wanted)
+    return brought_to(problem.dtype, sweep.again(negative_lse, column_lse, loss_grad=loss_grad))
+
+
+def log_sum_exp_backward(problem: Problem, negative_lse: Tensor, weights: RowWeights, wanted: Wanted) -> Gradients:
+    sweep = _Sweep(problem.with_exact_products(), wanted)
+    return brought_to(problem.dtype, sweep.again(negative_lse, negative_lse.new_empty(0), weights=weights))
 
 
 def _forward(problem: Problem, row_weight: float, wanted: Wanted) -> tuple[RowStatistics, Gradients]:
@@ -65,37 +71,28 @@ def _forward(problem: Problem, row_weight: float, wanted: Wanted) -> tuple[RowSt
     loss, negative_lse, positive, hardest = (sweep.unit_query.factor.new_empty(sweep.num_rows) for _ in range(4))
     column_lse = loss.new_full((problem.key.shape[0] if problem.symmetric else 0,), -torch.inf)
     gradients_now = any(wanted) and not problem.symmetric
+    weight = loss.new_full((), row_weight).expand(sweep.num_rows)
 
     for rows in sweep.chunks():
         chunk = sweep.chunk(rows)
         positive[rows] = chunk.positive
         hardest[rows] = sweep.hardest(chunk)
-        sweep.add_bias(chunk)
+        sweep.add_to_logits(chunk)
         negative_lse[rows] = torch.logsumexp(chunk.logits, dim=1)
         loss[rows] = _loss(negative_lse[rows], chunk)
         if problem.symmetric:
             column_lse = torch.logaddexp(column_lse, torch.logsumexp(chunk.logits, dim=0))
         if gradients_now:
-            sweep.accumulate(chunk, negative_lse, column_lse, loss.new_full((), row_weight).expand(sweep.num_rows))
+            weights = sweep.weights_of_loss(chunk, negative_lse[rows], weight[rows])
+            sweep.accumulate(chunk, negative_lse[rows], column_lse, weights)
 
     statistics = RowStatistics(loss, negative_lse, column_lse, positive, hardest)
     if problem.symmetric:
-        column_loss = _log1p_exp(column_lse - sweep.margin(positive)[0] * sweep.scale)
+        column_loss = _log1p_exp(column_lse - with_margin(positive, problem.margin)[0] * sweep.scale)
         statistics = statistics._replace(loss=(loss + column_loss) / 2)
         if any(wanted):
-            return statistics, _backward(problem, negative_lse, column_lse, torch.full_like(loss, row_weight), wanted)
+            return statistics, _Sweep(problem, wanted).again(negative_lse, column_lse, loss_grad=weight)
     return statistics, sweep.gradients()
-
-
-def _backward(
-    problem: Problem, negative_lse: Tensor, column_lse: Tensor, loss_grad: Tensor, wanted: Wanted
-) -> Gradients:
-    sweep = _Sweep(problem, wanted)
-    for rows in sweep.chunks():
-        chunk = sweep.chunk(rows)
-        sweep.add_bias(chunk)
-        sweep.accumulate(chunk, negative_lse, column_lse, loss_grad.to(problem.dtype))
-    return sweep.gradients()
 
 
 class _Sweep:
@@ -120,7 +117,7 @@ class _Sweep:
         )
         self.scale_grad = torch.zeros_like(self.scale) if wanted.scale else self.nothing
 
-    def _add(self, columns: Columns, unit: UnitRows) -> None:
+    def _add(self, columns: KindOfColumn, unit: UnitRows) -> None:
         first, self.num_similarities = self.num_similarities, self.num_similarities + columns.count
         grad = torch.zeros_like(unit.rows) if columns.wants_gradient else self.nothing
         self.kinds.append(_Kind(columns, unit, slice(first, self.num_similarities), grad))
@@ -147,27 +144,19 @@ class _Sweep:
             else problem.target[rows]
         )
         positive = logits.gather(1, target[:, None]).squeeze(1) / scale
-        with_margin, slope = self.margin(positive)
-        chunk = _Chunk(rows, logits, target, positive, with_margin * scale, slope, [], 1.0, 0.0)
+        positive_logit, derivative = with_margin(positive, problem.margin)
+        chunk = _Chunk(rows, logits, target, positive, positive_logit * scale, derivative, [], 1.0, 0.0)
         for kind in self.kinds:
             self._mask_groups(chunk, kind)
+        self._mask_above_limit(chunk)
         logits.scatter_(1, target[:, None], -torch.inf)
         return chunk
-
-    def margin(self, positive: Tensor) -> tuple[Tensor, Tensor | float]:
-        """The positive's similarity with the angular margin, and its derivative ``sin(θ + u) / sin θ``."""
-        u = self.problem.margin
-        if u == 0.0:
-            return positive, 1.0
-        inside = (positive >= -1 + ANGLE_CLAMP) & (positive <= 1 - ANGLE_CLAMP)
-        theta = torch.arccos(positive.clamp(-1 + ANGLE_CLAMP, 1 - ANGLE_CLAMP))
-        return torch.cos(theta + u), torch.where(inside, torch.sin(theta + u) / torch.sin(theta), 0.0)
 
     def _mask_groups(self, chunk: _Chunk, kind: _Kind) -> None:
         rules = kind.rules
         if rules.groups == Groups.ORDINARY or rules.query_group is None or rules.group is None:
             return
-        in_group = rules.query_group[chunk.rows, None] == rules.group[None, :]  # (R, C)
+        in_group = same_group(rules.query_group[chunk.rows], rules.group)  # (R, C)
         logits = chunk.logits[:, kind.place]
         if rules.groups == Groups.EXCLUDED:
             logits.masked_fill_(in_group, -torch.inf)
@@ -180,8 +169,17 @@ class _Sweep:
         chunk.shift = shift_of_all / chunk.num_positives
         chunk.further_positives.append((kind, in_group))
 
+    def _mask_above_limit(self, chunk: _Chunk) -> None:
+        limit = limits(self.problem, chunk.positive, chunk.rows)
+        if limit is None:
+            return
+        above = chunk.logits[:, : self.num_similarities] > (limit * self.scale)[:, None]
+        for kind, positives in chunk.further_positives:
+            above[:, kind.place] &= ~positives
+        chunk.logits[:, : self.num_similarities].masked_fill_(above, -torch.inf)
+
     def hardest(self, chunk: _Chunk) -> Tensor:
-        """The largest similarity among a row's negatives. Call before the own negatives' bias is added."""
+        """The largest similarity among a row's negatives. Call before anything is added to logits."""
         similarities = chunk.logits[:, : self.num_similarities]
         if chunk.further_positives:
             similarities = similarities.clone()
@@ -189,7 +187,11 @@ class _Sweep:
             similarities[:, kind.place].masked_fill_(positives, -torch.inf)
         return similarities.amax(dim=1) / self.scale
 
-    def add_bias(self, chunk: _Chunk) -> None:
+    def add_to_logits(self, chunk: _Chunk) -> None:
+        """Hardness, and the bias of own negatives."""
+        for kind in self.kinds:
+            if kind.rules.hardness:
+                chunk.logits[:, kind.place] *= 1 + kind.rules.hardness / self.scale
         for kind, own in self._own_negatives(chunk.rows, chunk.logits):
             own += kind.rules.bias
 
@@ -199,22 +201,56 @@ class _Sweep:
             if kind.rules.special == Special.OWN_NEGATIVE:
                 yield kind, of_columns[:, kind.place].diagonal(rows.start)
 
-    def accumulate(self, chunk: _Chunk, negative_lse: Tensor, column_lse: Tensor, row_weight: Tensor) -> None:
-        """Turn the chunk's logits into ``∂loss/∂ℓ`` in place, and add what follows from it to the gradients."""
-        problem, wanted, rows = self.problem, self.wanted, chunk.rows
-        weight = row_weight[rows, None] / (2 if problem.symmetric else 1)
-        lse = torch.logaddexp(negative_lse[rows], chunk.positive_logit)
-        target_grad = (1 - 1 / chunk.num_positives) - torch.exp(negative_lse[rows] - lse)
-        logits_grad = (chunk.logits - lse[:, None]).exp_().mul_(weight)
-        target_grad = target_grad * weight.squeeze(1)
-        for kind, positives in chunk.further_positives:
-            logits_grad[:, kind.place].sub_(positives * (weight / chunk.num_positives[:, None]))  # type: ignore[index]
-        if problem.symmetric:
-            column_weight = row_weight / 2
-            full_lse = torch.logaddexp(column_lse[rows], chunk.positive_logit)
-            target_grad -= torch.exp(column_lse[rows] - full_lse) * column_weight[rows]
-            all_lse = self._full_column_lse(column_lse)
-            logits_grad += (chunk.logits - all_lse[None, :]).exp_().mul_(column_weight[None, :])
+    def again(
+        self,
+        negative_lse: Tensor,
+        column_lse: Tensor,
+        *,
+        loss_grad: Tensor | None = None,
+        weights: RowWeights | None = None,
+    ) -> Gradients:
+        """The gradients, with the rows' statistics known: of the loss, or with the rows' weights (N,) as they are given."""
+        if loss_grad is not None and self.problem.symmetric:
+            weights = self._weights_of_both_directions(negative_lse, column_lse, loss_grad)
+        for rows in self.chunks():
+            chunk = self.chunk(rows)
+            self.add_to_logits(chunk)
+            if weights is None:
+                assert loss_grad is not None
+                of_chunk = self.weights_of_loss(chunk, negative_lse[rows], loss_grad[rows])
+            else:
+                of_chunk = RowWeights(weights.negative[rows], weights.positive[rows], weights.column)
+            self.accumulate(chunk, negative_lse[rows], column_lse, of_chunk)
+        return self.gradients()
+
+    def weights_of_loss(self, chunk: _Chunk, negative_lse: Tensor, loss_grad: Tensor) -> RowWeights:  # (R,) each
+        return RowWeights.of_loss(
+            loss_grad.to(self.scale.dtype),
+            negative_lse,
+            self.nothing,
+            chunk.positive_logit,
+            has_several_positives=bool(chunk.further_positives),
+        )
+
+    def _weights_of_both_directions(self, negative_lse: Tensor, column_lse: Tensor, loss_grad: Tensor) -> RowWeights:
+        positive = row_dot(self.unit_query.rows, self.kinds[0].unit.rows)
+        positive_logit = with_margin(positive, self.problem.margin)[0] * self.scale
+        return RowWeights.of_loss(
+            loss_grad.to(self.scale.dtype), negative_lse, column_lse, positive_logit, has_several_positives=False
+        )
+
+    def accumulate(self, chunk: _Chunk, negative_lse: Tensor, column_lse: Tensor, weights: RowWeights) -> None:
+        """Turn the chunk's logits into ``∂/∂ℓ`` in place, and add what follows from it to the gradients."""
+        wanted, rows = self.wanted, chunk.rows
+        logits_grad = (chunk.logits - _finite(negative_lse)[:, None]).exp_().mul_(weights.negative[:, None])
+        target_grad = weights.positive
+        if weights.shift is not None:
+            target_grad = target_grad + (1 - 1 / chunk.num_positives) * weights.shift
+            share = (weights.shift / chunk.num_positives)[:, None]
+            for kind, positives in chunk.further_positives:
+                logits_grad[:, kind.place].sub_(positives * share)
+        if weights.column is not None:
+            logits_grad += (chunk.logits - _finite(column_lse)[None, :]).exp_().mul_(weights.column[None, :])
         if wanted.extra_logits:
             self.extra_grad[rows] = logits_grad[:, self.num_similarities :]
         similarity_grad = logits_grad[:, : self.num_similarities]  # up to the scale
@@ -223,18 +259,16 @@ class _Sweep:
         similarity_grad.scatter_(1, chunk.target[:, None], (target_grad * chunk.margin_derivative)[:, None])
         self._accumulate_products(rows, similarity_grad.mul_(self.scale))
 
-    def _full_column_lse(self, column_lse: Tensor) -> Tensor:
-        """Log-sum-exp down the columns, their positives included."""
-        if not hasattr(self, "_column_lse"):
-            positive = (self.unit_query.rows * self.kinds[0].unit.rows).sum(dim=1)
-            self._column_lse = torch.logaddexp(column_lse, self.margin(positive)[0] * self.scale)
-        return self._column_lse
-
     def _accumulate_scale(self, chunk: _Chunk, logits_grad: Tensor, target_grad: Tensor) -> None:
-        logits = chunk.logits[:, : self.num_similarities].masked_fill(logits_grad == 0, 0.0)
-        total = (logits_grad * logits).sum() + (target_grad * chunk.positive_logit).sum()
-        for kind, own in self._own_negatives(chunk.rows, logits_grad):  # a bias isn't scaled
-            total = total - own.sum() * kind.rules.bias
+        products = logits_grad * chunk.logits[:, : self.num_similarities].masked_fill(logits_grad == 0, 0.0)
+        for (kind, own), (_, own_grad) in zip(
+            self._own_negatives(chunk.rows, products), self._own_negatives(chunk.rows, logits_grad), strict=True
+        ):
+            own -= own_grad * kind.rules.bias
+        for kind in self.kinds:  # what is added isn't scaled
+            if kind.rules.hardness:
+                products[:, kind.place] *= self.scale / (self.scale + kind.rules.hardness)
+        total = products.sum() + (target_grad * chunk.positive_logit).sum()
         self.scale_grad += total / self.scale
 
     def _accumulate_products(self, rows: slice, similarity_grad: Tensor) -> None:
@@ -258,8 +292,21 @@ class _Sweep:
         return Gradients(self.query_grad, of_kinds["key"], negatives_grad, self.extra_grad, self.scale_grad)
 
 
+def same_group(query_group: Tensor, group: Tensor) -> Tensor:  # (R, G), (C, G) -> (R, C)
+    """Whether one of row's and column's ids is the same."""
+    found = query_group[:, None, 0] == group[None, :, 0]
+    for relation in range(1, group.shape[1]):
+        found |= query_group[:, None, relation] == group[None, :, relation]
+    return found
+
+
 def _loss(negative_lse: Tensor, chunk: _Chunk) -> Tensor:
     return _log1p_exp(negative_lse - chunk.positive_logit) + chunk.shift
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """What is subtracted from logits that are all −∞ is 0: they stay −∞."""
+    return lse.masked_fill(lse == -torch.inf, 0.0)
 
 
 def _log1p_exp(x: Tensor) -> Tensor:

@@ -22,9 +22,10 @@ from hicl_fast.kernels import info_nce as kernels
 from hicl_fast.kernels.cosine_tile import Similarities, tile_for
 from hicl_fast.kernels.info_nce import RowResults
 from hicl_fast.kernels.tiles import EXP, HEAVY_EXP, NARROW, POSITIVES, STATISTICS, Tile
-from hicl_fast.ops.common.constants import Special
+from hicl_fast.ops.common.constants import Groups, Special
 from hicl_fast.ops.common.triton import on_device
 from hicl_fast.ops.info_nce.problem import Gradients, Problem, RowStatistics, Wanted
+from hicl_fast.ops.info_nce.rows import RowWeights
 from hicl_fast.ops.info_nce.triton_operands import Operands
 from hicl_fast.ops.info_nce.triton_products import InputGradients
 
@@ -47,14 +48,19 @@ def forward(problem: Problem, row_weight: float, wanted: Wanted) -> tuple[RowSta
             return sweeps.once(row_weight, sweeps.offset)
         statistics = sweeps.statistics()
         weight = torch.full_like(statistics.loss, row_weight)
-        return statistics, sweeps.gradients(statistics.negative_lse, statistics.column_lse, weight)
+        return statistics, sweeps.gradients_of_loss(statistics.negative_lse, statistics.column_lse, weight)
 
 
 def backward(
     problem: Problem, negative_lse: Tensor, column_lse: Tensor, loss_grad: Tensor, wanted: Wanted
 ) -> Gradients:
     with _running(problem, wanted) as sweeps:
-        return sweeps.gradients(negative_lse, column_lse, loss_grad.to(torch.float32))
+        return sweeps.gradients_of_loss(negative_lse, column_lse, loss_grad.to(torch.float32))
+
+
+def log_sum_exp_backward(problem: Problem, negative_lse: Tensor, weights: RowWeights, wanted: Wanted) -> Gradients:
+    with _running(problem, wanted) as sweeps:
+        return sweeps.gradients(negative_lse, negative_lse.new_empty(0), weights)
 
 
 @contextlib.contextmanager
@@ -92,16 +98,22 @@ class _Sweeps:
         self.operands, self.wanted = operands, operands.wanted
         self.problem, self.scale = operands.problem, operands.scale
         has_own = any(kind.rules.special == Special.OWN_NEGATIVE for kind in operands.kinds)
-        self.exp = self._tiling(HEAVY_EXP if has_own or self.wanted.scale else EXP)
-        self.sums = self._tiling(
-            NARROW if self.problem.symmetric else POSITIVES if operands.has_several_positives else STATISTICS
-        )
+        self.exp = self._tiling(HEAVY_EXP if has_own or operands.limit is not None or self.wanted.scale else EXP)
         self.narrow = self._tiling(NARROW)
+        self.sums = self._tiling_of_sums()
         self.widths = [-(-kind.count // _ALIGNMENT) * _ALIGNMENT for kind in operands.kinds]
         extra = self.problem.extra_logits
         # −inf leaves a column out; +inf is as little a logit as NaN.
         extra = None if extra is None else extra.detach().to(torch.float32)
         self.extra_logits = None if extra is None else extra.masked_fill(extra == torch.inf, torch.nan)
+
+    def _tiling_of_sums(self) -> _Tiling:
+        operands = self.operands
+        if operands.limit is not None:  # that of the gradients, so that both sweeps round alike and leave out the same
+            return self.narrow if operands.has_several_positives else self.exp
+        if self.problem.symmetric:
+            return self.narrow
+        return self._tiling(POSITIVES if operands.has_several_positives else STATISTICS)
 
     def _tiling(self, use: str) -> _Tiling:
         operands = self.operands
@@ -171,10 +183,10 @@ class _Sweeps:
 
     def _launches(self, rows: slice, tiling: _Tiling) -> Iterator[tuple[int, Similarities, slice]]:
         """A chunk against each kind of column that has any: which, what is launched, and its column tiles."""
-        query, precision = self.operands.query[rows], self.operands.precision
+        query, precision, limit = self.operands.query[rows], self.operands.precision, self.operands.limit
         for i, (kind, tiles) in enumerate(zip(self.operands.kinds, tiling.columns, strict=True)):
             if kind.count:
-                yield i, Similarities(query, kind.vectors, kind.rules, rows, tiling.tile, precision), tiles
+                yield i, Similarities(query, kind.vectors, kind.rules, rows, tiling.tile, precision, limit), tiles
 
     def _places(self, rows: slice, buffers: list[Tensor]) -> list[Tensor]:
         """Where the chunk's gradients go, (R, C) for each kind of column."""
@@ -195,7 +207,7 @@ class _Sweeps:
             negative_lse[rows] = _log_sum(plane["exp_sum"], plane["max"])
             hardest[rows] = plane["hardest"].amax(dim=0)
             if operands.has_several_positives:
-                shift[rows] = -plane["positives_shift"][self.sums.columns[0]].sum(dim=0)
+                shift[rows] = -self._of_kinds_with_positives(plane["positives_shift"])
             if column_partials is not None:
                 column_lse = torch.logaddexp(column_lse, _log_sum(*column_partials))
         if self.extra_logits is not None:
@@ -221,29 +233,42 @@ class _Sweeps:
             kernels.statistics(similarities, self.scale, positive_logit, partials[:, tiles], by_column)
         return partials, by_column
 
-    def gradients(self, negative_lse: Tensor, column_lse: Tensor, weight: Tensor) -> Gradients:
-        """The second sweep, with the rows' weights in the loss, (N,)."""
-        operands, scale, problem = self.operands, self.scale, self.problem
-        lse = torch.logaddexp(negative_lse, operands.positive_logit)
+    def _of_kinds_with_positives(self, by_tile: Tensor) -> Tensor:  # (column tiles, R) -> (R,)
+        kinds = zip(self.operands.kinds, self.sums.columns, strict=True)
+        return sum(by_tile[tiles].sum(dim=0) for kind, tiles in kinds if kind.rules.groups == Groups.POSITIVES)
+
+    def gradients_of_loss(self, negative_lse: Tensor, column_lse: Tensor, loss_grad: Tensor) -> Gradients:
+        """Of rows that weigh ``loss_grad`` (N,) in the loss."""
+        operands = self.operands
+        weights = RowWeights.of_loss(
+            loss_grad,
+            negative_lse,
+            column_lse,
+            operands.positive_logit,
+            has_several_positives=operands.has_several_positives,
+        )
+        return self.gradients(negative_lse, column_lse, weights)
+
+    def gradients(self, negative_lse: Tensor, column_lse: Tensor, weights: RowWeights) -> Gradients:
+        """The second sweep."""
+        operands, scale = self.operands, self.scale
         extra_grad = None
         if self.wanted.extra_logits and self.extra_logits is not None:
-            extra_grad = (self.extra_logits - lse[:, None]).exp_() * weight[:, None]
+            offset = negative_lse.masked_fill(negative_lse == -torch.inf, 0.0)
+            extra_grad = (self.extra_logits - offset[:, None]).exp_() * weights.negative[:, None]
         if not (self.wanted.query or self.wanted.key or self.wanted.negatives or self.wanted.scale):
             return self._gradients(extra_logits=extra_grad)
 
-        negative_weight = (negative_lse - lse).exp_().mul_(weight)
-        target_weight = -negative_weight  # ∂loss/∂ℓ at the target
-        if problem.symmetric:
-            column_weight = (column_lse - torch.logaddexp(column_lse, operands.positive_logit)).exp_().mul_(weight)
-            target_weight = (target_weight - column_weight).div_(2)
-            half = scale / 2
-            how = self._summed((negative_lse, negative_weight * half), (column_lse, column_weight * half), None)
-        elif operands.has_several_positives:
-            target_weight += (1 - 1 / operands.num_positives) * weight
-            share = weight * scale / operands.num_positives
-            how = self._summed((negative_lse, negative_weight * scale), None, share)
+        target_weight = weights.positive
+        if weights.column is not None:
+            by_column = (column_lse, weights.column * scale)
+            how = self._summed((negative_lse, weights.negative * scale), by_column, None)
+        elif weights.shift is not None:
+            target_weight = target_weight + (1 - 1 / operands.num_positives) * weights.shift
+            share = weights.shift * scale / operands.num_positives
+            how = self._summed((negative_lse, weights.negative * scale), None, share)
         else:
-            how = self._factored(negative_weight * scale)
+            how = self._factored(weights.negative * scale)
         coefficient = target_weight * scale * operands.margin_derivative
 
         gradients = InputGradients(operands)

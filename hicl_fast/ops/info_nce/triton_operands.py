@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hicl_fast.kernels.rows import Rows
-from hicl_fast.ops.common.constants import ANGLE_CLAMP, NORM_FLOOR, Groups, Special
+from hicl_fast.ops.common.constants import NORM_FLOOR, Groups, Special
 from hicl_fast.ops.common.numbers import scale_on
 from hicl_fast.ops.common.row_kernels import row_kernels
 from hicl_fast.ops.common.triton import multiplied_as
-from hicl_fast.ops.info_nce.problem import Columns, Problem, Wanted
+from hicl_fast.ops.info_nce.problem import KindOfColumn, Problem, Wanted
+from hicl_fast.ops.info_nce.rows import limits, with_margin
 
 
 @dataclass(frozen=True)
 class Kind:
     """A kind of column made ready."""
 
-    rules: Columns
+    rules: KindOfColumn
     vectors: Rows  # (C, D)
     unit: Tensor | None  # (C, D) the unit rows, where the query's gradient is wanted
 
@@ -50,9 +50,10 @@ class Operands:
         self.target = self.keys.rules.special_column
 
         self.positive = self.row_kernels.positive_similarity(self.query, self.keys.vectors, self.target)  # (N,)
-        self.with_margin, self.margin_derivative = _with_margin(self.positive, problem.margin)
+        self.with_margin, self.margin_derivative = with_margin(self.positive, problem.margin)
+        self.limit = limits(problem, self.positive)  # (N,), or None
 
-    def _kind(self, columns: Columns) -> Kind:
+    def _kind(self, columns: KindOfColumn) -> Kind:
         rules = columns.contiguous()
         if rules.special != Special.NOTHING and rules.special_column is None:
             rules.special_column = self.same_index
@@ -69,18 +70,21 @@ class Operands:
 
     @property
     def has_several_positives(self) -> bool:
-        return self.keys.rules.groups == Groups.POSITIVES
+        return any(kind.rules.groups == Groups.POSITIVES for kind in self.kinds)
 
     @functools.cached_property
     def num_positives(self) -> Tensor:
-        """Keys of the row's group and its target, (N,): by sorting, not by comparing all with all."""
-        query_group, key_group = self.keys.rules.query_group, self.keys.rules.group
-        if not self.has_several_positives or query_group is None or key_group is None:
-            return torch.ones_like(self.positive)
-        ordered = key_group.sort().values
-        last = torch.searchsorted(ordered, query_group, right=True)
-        count = last - torch.searchsorted(ordered, query_group)
-        return (count + (key_group[self.target.clamp(0, len(key_group) - 1)] != query_group)).to(torch.float32)
+        """KindOfColumn of the row's group and its target, (N,): by sorting, not by comparing all with all."""
+        count = torch.ones_like(self.positive)
+        for kind in self.kinds:
+            query_group, group = kind.rules.query_group, kind.rules.group
+            if kind.rules.groups != Groups.POSITIVES or query_group is None or group is None:
+                continue
+            ordered, wanted = group[:, 0].sort().values, query_group[:, 0].contiguous()
+            count += torch.searchsorted(ordered, wanted, right=True) - torch.searchsorted(ordered, wanted)
+            if kind is self.keys:  # the target may be among them
+                count -= group[self.target.clamp(0, len(group) - 1), 0] == wanted
+        return count
 
     @functools.cached_property
     def rows_by_target(self) -> tuple[Tensor, Tensor] | None:
@@ -93,14 +97,3 @@ class Operands:
         ordered = self.target.sort(stable=True)
         keys = torch.arange(self.keys.count + 1, device=self.target.device)
         return ordered.indices, torch.searchsorted(ordered.values, keys)
-
-
-def _with_margin(positive: Tensor, margin: float) -> tuple[Tensor, Tensor | float]:
-    """``cos(θ + u)`` and its derivative ``sin(θ + u) / sin θ``, expanded in s = cos θ."""
-    if margin == 0.0:
-        return positive, 1.0
-    limit = 1 - ANGLE_CLAMP
-    s = positive.clamp(-limit, limit)
-    sine = ((1 - s) * (1 + s)).sqrt()
-    derivative = math.cos(margin) + s / sine * math.sin(margin)
-    return s * math.cos(margin) - sine * math.sin(margin), torch.where(positive.abs() <= limit, derivative, 0.0)

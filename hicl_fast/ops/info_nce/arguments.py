@@ -1,0 +1,204 @@
+"""What people call InfoNCE and its row statistics with, checked, and put into a :class:`Problem`."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from hicl_fast import _checks as check
+from hicl_fast.ops.backends import registry
+from hicl_fast.ops.common.arguments import check_matrices, check_rows
+from hicl_fast.ops.common.numbers import scale_of
+from hicl_fast.ops.info_nce.problem import Problem
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Vectors that queries are compared with, and what is to hold for them.
+
+    Args:
+        rows: (C, D) float64, float32, bfloat16 or float16.
+        group: (C,) int64 group of each row, or (C, G): one for each of G relations. Given with ``query_group``.
+        hardness: α ≥ 0: α · similarity, without gradient, is added to the logit of every row that is no positive, so that
+            the more similar a negative is the more it weighs: e^(α·s) times as much (LLaVE, arXiv 2503.04812).
+    """
+
+    rows: Tensor
+    group: Tensor | None = field(default=None, kw_only=True)
+    hardness: float = field(default=0.0, kw_only=True)
+
+
+def columns_of(name: str, given: Tensor | Columns | None, group: Tensor | None = None) -> Columns | None:
+    """An argument as Columns, with the group that came as an argument of its own."""
+    if given is None:
+        return None
+    if not isinstance(given, Columns):
+        return Columns(given, group=group)
+    if given.group is not None and group is not None:
+        raise ValueError(f"{name}_group: expected None with a group in {name}, got {check.describe(group)}")
+    check.non_negative_number(f"{name}.hardness", given.hardness)
+    return given if group is None else Columns(given.rows, group=group, hardness=given.hardness)
+
+
+def problem_of(
+    query: Tensor,
+    key: Tensor | Columns,
+    *,
+    target: Tensor | None,
+    temperature: float | Tensor,
+    negatives: Tensor | Columns | None,
+    bank: Tensor | Columns | None,
+    extra_logits: Tensor | None,
+    limit: Tensor | None,
+    query_group: Tensor | None,
+    key_group: Tensor | None,
+    bank_group: Tensor | None,
+    **options: Any,
+) -> Problem:
+    """All arguments checked; ``options`` are those of :func:`check_options`."""
+    keys, explicit, queue = (
+        columns_of(name, given, group)
+        for name, given, group in (("key", key, key_group), ("negatives", negatives, None), ("bank", bank, bank_group))
+    )
+    assert keys is not None
+    rows = [None if one is None else one.rows for one in (keys, explicit, queue)]
+    check_matrices(query, keys.rows, *rows[1:])
+    check_rows(query, keys.rows, target, extra_logits)
+    check_options(**options)
+    if limit is not None:
+        check.floating_vector("limit", limit, query.shape[0], "a number for each query", query)
+    if bank_group is not None and bank is None:
+        raise ValueError(f"bank_group: expected None without a bank, got {check.describe(bank_group)}")
+    _check_groups(query, query_group, {"key": keys, "negatives": explicit, "bank": queue}, options["same_group"])
+    _check_combinations(query, keys, explicit, queue, target, options)
+    return Problem(
+        query=query,
+        key=keys.rows,
+        scale=scale_of(temperature, query, keys.rows, *rows[1:], extra_logits),
+        target=target,
+        negatives=rows[1],
+        bank=None if rows[2] is None else rows[2].detach(),
+        extra_logits=extra_logits,
+        query_group=_by_relation(query_group),
+        key_group=_by_relation(keys.group),
+        negatives_group=None if explicit is None else _by_relation(explicit.group),
+        bank_group=None if queue is None else _by_relation(queue.group),
+        limit=None if limit is None else limit.detach(),
+        false_negative_margin=_or_infinity(options["false_negative_margin"]),
+        false_negative_ratio=_or_infinity(options["false_negative_ratio"]),
+        key_hardness=float(keys.hardness),
+        negatives_hardness=0.0 if explicit is None else float(explicit.hardness),
+        bank_hardness=0.0 if queue is None else float(queue.hardness),
+        hard_negative_weight=float(options["hard_negative_weight"]),
+        same_group=options["same_group"],
+        margin=float(options["margin"]),
+        symmetric=options["symmetric"],
+        precision=options["precision"] or "default",
+    )
+
+
+def check_options(
+    *,
+    margin: float,
+    symmetric: bool,
+    same_group: str,
+    reduction: str,
+    hard_negative_weight: float,
+    false_negative_margin: float | None,
+    false_negative_ratio: float | None,
+    precision: str | None,
+    backend: str,
+) -> dict[str, Any]:
+    """The options of InfoNCE that say nothing of tensors, checked: the function's, and those a module keeps for it."""
+    check.real_number("hard_negative_weight", hard_negative_weight)
+    check.one_of("same_group", same_group, ("exclude", "negative", "positive"))
+    check.angle("margin", margin)
+    check.flag("symmetric", symmetric)
+    check.one_of("reduction", reduction, ("mean", "sum", "none"))
+    check_limits(false_negative_margin, false_negative_ratio)
+    check.one_of("precision", precision, (None, "float32", "bf16"))
+    registry.check_name(backend)
+    return {
+        "margin": margin,
+        "symmetric": symmetric,
+        "same_group": same_group,
+        "reduction": reduction,
+        "hard_negative_weight": hard_negative_weight,
+        "false_negative_margin": false_negative_margin,
+        "false_negative_ratio": false_negative_ratio,
+        "precision": precision,
+        "backend": backend,
+    }
+
+
+OPTIONS = tuple(inspect.signature(check_options).parameters)
+
+
+def check_limits(false_negative_margin: float | None, false_negative_ratio: float | None) -> None:
+    if false_negative_margin is not None:
+        check.real_number("false_negative_margin", false_negative_margin)
+    if false_negative_ratio is not None:
+        check.positive_number("false_negative_ratio", false_negative_ratio)
+
+
+def _or_infinity(number: float | None) -> float:
+    return math.inf if number is None else float(number)
+
+
+def _by_relation(group: Tensor | None) -> Tensor | None:  # (C,) or (C, G) -> (C, G)
+    return group[:, None] if group is not None and group.dim() == 1 else group
+
+
+def _check_groups(
+    query: Tensor, query_group: Tensor | None, kinds: dict[str, Columns | None], same_group: str
+) -> None:
+    """Each with an id for each row, all of one number of relations."""
+    of_columns = {name: one for name, one in kinds.items() if one is not None and one.group is not None}
+    if query_group is None:
+        for name in of_columns:
+            raise ValueError(
+                f"query_group: expected an int64 tensor, since {name} has groups, got None"
+            )
+        return
+    check.ids("query_group", query_group, query.shape[0], "a group for each query", query)
+    if not of_columns:
+        raise ValueError("key_group: expected an int64 tensor, since the other side's groups are given, got None")
+    relations = query_group.shape[1] if query_group.dim() == 2 else 1
+    for name, one in of_columns.items():
+        group: Tensor = one.group  # type: ignore[assignment]
+        check.ids(f"{name}_group", group, one.rows.shape[0], "a group for each of its rows", query)
+        if (came := group.shape[1] if group.dim() == 2 else 1) != relations:
+            raise ValueError(
+                f"{name}_group: expected {relations} relation{'s' * (relations > 1)}, as query_group has, got {came}"
+            )
+    if same_group == "positive" and relations > 1:
+        raise ValueError(f"query_group: expected one relation with same_group='positive', got {relations}")
+
+
+def _check_combinations(
+    query: Tensor, keys: Columns, explicit: Columns | None, queue: Columns | None, target: Tensor | None, options: Any
+) -> None:
+    if options["hard_negative_weight"] != 0.0:
+        if explicit is None or explicit.rows.shape[0] != query.shape[0]:
+            came = "no negatives" if explicit is None else f"{explicit.rows.shape[0]} negatives"
+            raise ValueError(
+                f"hard_negative_weight: expected one negative for each of the {query.shape[0]} queries, got {came}"
+            )
+        if explicit.group is not None and options["same_group"] == "positive":
+            raise ValueError(
+                "hard_negative_weight: expected 0 where groups make positives of explicit negatives, "
+                f"got {options['hard_negative_weight']}"
+            )
+    if options["symmetric"] and (query.shape[0] != keys.rows.shape[0] or target is not None):
+        came = f"{query.shape[0]} queries and {keys.rows.shape[0]} keys" if target is None else "a target"
+        raise ValueError(f"symmetric: expected as many queries as keys and no target, got {came}")
+    for name, one in (("key", keys), ("negatives", explicit), ("bank", queue)):
+        if one is not None and one.hardness and one.group is not None and options["same_group"] == "positive":
+            raise ValueError(
+                f"{name}.hardness: expected 0 with same_group='positive', since it is of negatives alone, "
+                f"got {one.hardness}"
+            )

@@ -1,0 +1,1 @@
+"""Row statistics of cosine similarities, differentiable: what InfoNCE is made of."""

@@ -1,0 +1,13 @@
+"""Row statistics as plain PyTorch, for derivatives that no backend has: second ones, forward mode, ``torch.func``."""
+
+from __future__ import annotations
+
+from hicl_fast.ops.info_nce.by_reference import arguments_of
+from hicl_fast.ops.info_nce.problem import Problem
+from hicl_fast.ops.log_sum_exp import reference
+
+
+def log_sum_exp(problem: Problem) -> reference.RowLogits:
+    arguments = arguments_of(problem)
+    del arguments["symmetric"]
+    return reference.log_sum_exp(**arguments)

@@ -1,0 +1,181 @@
+"""``hicl_fast::log_sum_exp``: schema, fake kernel, autograd.
+
+It takes InfoNCE's :class:`Problem` and runs InfoNCE's backends: one product forward, three backward, as
+``hicl_fast::info_nce_rows`` does, but what is differentiated are a row's two logits and not the loss that they make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hicl_fast.ops.backends import registry
+from hicl_fast.ops.common.autograd import first_derivatives, is_transformed, runs_eagerly, without_autocast
+from hicl_fast.ops.common.numbers import scale_on
+from hicl_fast.ops.info_nce.operator import (
+    among_arguments,
+    checked,
+    distinct,
+    fake_gradients,
+    fake_statistics,
+    of_inputs,
+    save_problem,
+    saved_problem,
+)
+from hicl_fast.ops.info_nce.problem import (
+    DIFFERENTIABLE,
+    FIELDS,
+    GRADIENTS_SCHEMA,
+    NOTHING,
+    SCHEMA,
+    Gradients,
+    Problem,
+    Wanted,
+)
+from hicl_fast.ops.info_nce.rows import RowWeights, with_margin
+from hicl_fast.ops.log_sum_exp import by_reference
+
+
+class Outputs(NamedTuple):
+    """The first two have gradients."""
+
+    negative: Tensor  # (N,) log-sum-exp over the row's columns without its positive; −inf where there is none
+    positive: Tensor  # (N,) the positive's logit
+    similarity: Tensor  # (N,) the positive's similarity
+    hardest: Tensor  # (N,) largest similarity among the negatives; −inf where there is none
+
+
+_library = torch.library.Library("hicl_fast", "FRAGMENT")
+_library.define(
+    f"log_sum_exp({SCHEMA}, str backend) -> (Tensor negative, Tensor positive, Tensor similarity, Tensor hardest)"
+)
+_library.define(
+    f"log_sum_exp_backward({SCHEMA}, Tensor negative, Tensor negative_grad, Tensor positive_grad, bool[] wanted, "
+    f"str backend) -> ({GRADIENTS_SCHEMA})"
+)
+
+
+def apply(problem: Problem, backend: str) -> Outputs:
+    inputs = problem.differentiable()
+    chosen = registry.choose(backend, "info_nce", problem.query.device.type, problem.dtype, problem.features())
+    if is_transformed(*inputs):
+        problem.check_values()
+        return Outputs(*by_reference.log_sum_exp(problem))
+    if not runs_eagerly(*inputs):
+        return Outputs(*torch.ops.hicl_fast.log_sum_exp(*problem.flat(), chosen))
+    return Outputs(*LogSumExp.apply(problem, chosen, *inputs))
+
+
+# --- what the operators do -------------------------------------------------------------------------------------------
+
+
+def _sweep(problem: Problem, backend: str) -> Outputs:
+    problem.check_values()
+    with without_autocast(problem.query.device.type):
+        statistics, _ = registry.implementation("info_nce", backend).forward(problem, 1.0, NOTHING)
+        similarity, _ = with_margin(statistics.positive, problem.margin)
+        scale = scale_on(problem.scale, similarity.device, similarity.dtype)
+    return Outputs(statistics.negative_lse, similarity * scale, statistics.positive, statistics.hardest)
+
+
+def _sweep_backward(
+    problem: Problem, negative: Tensor, negative_grad: Tensor, positive_grad: Tensor, wanted: Wanted, backend: str
+) -> Gradients:
+    with without_autocast(problem.query.device.type):
+        weights = RowWeights(negative_grad.masked_fill(negative == -torch.inf, 0.0), positive_grad)
+        return registry.implementation("info_nce", backend).log_sum_exp_backward(problem, negative, weights, wanted)
+
+
+def _run(*args: Any) -> tuple[Tensor, ...]:
+    *flat, backend = args
+    return tuple(_sweep(checked("log_sum_exp", flat), backend))
+
+
+def _run_backward(*args: Any) -> tuple[Tensor, ...]:
+    *flat, negative, negative_grad, positive_grad, wanted, backend = args
+    of_rows = {"negative": negative, "negative_grad": negative_grad, "positive_grad": positive_grad}
+    problem = checked("log_sum_exp_backward", flat, **{name: (x, "N") for name, x in of_rows.items()})
+    return distinct(_sweep_backward(problem, negative, negative_grad, positive_grad, Wanted(*wanted), backend))
+
+
+for _name, _implementation in (("log_sum_exp", _run), ("log_sum_exp_backward", _run_backward)):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+
+
+# --- what shapes and types they return -------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("hicl_fast::log_sum_exp", lib=_library)
+def _fake(*args: Any) -> tuple[Tensor, ...]:
+    statistics = fake_statistics(Problem(*args[: len(FIELDS)]))
+    return statistics.negative_lse, statistics.loss, statistics.positive, statistics.hardest
+
+
+@torch.library.register_fake("hicl_fast::log_sum_exp_backward", lib=_library)
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    *flat, _, _, _, wanted, _ = args
+    return tuple(fake_gradients(Problem(*flat), Wanted(*wanted)))
+
+
+# --- autograd: for eager calls, and for the registered operators ---------------------------------------------------
+
+
+def _gradients(
+    ctx: Any, negative_grad: Tensor | None, positive_grad: Tensor | None, needs_grad: Iterable[bool]
+) -> Sequence[Tensor | None]:
+    wanted = Wanted(*needs_grad)
+    if negative_grad is None and positive_grad is None:
+        return [None] * len(wanted)
+    problem, is_eager, (negative,) = saved_problem(ctx)
+    by_negative = torch.zeros_like(negative) if negative_grad is None else negative_grad
+    by_positive = torch.zeros_like(negative) if positive_grad is None else positive_grad
+
+    def compute() -> list[Tensor | None]:
+        if is_eager:
+            found = _sweep_backward(problem, negative, by_negative, by_positive, wanted, ctx.backend)
+        else:
+            found = torch.ops.hicl_fast.log_sum_exp_backward(
+                *problem.flat(), negative, by_negative, by_positive, list(wanted), ctx.backend
+            )
+        return of_inputs(problem, wanted, found)
+
+    def value(*inputs: Tensor | None) -> Tensor:  # (2, N): as one, since it is differentiated by one upstream gradient
+        again = replace(problem, **dict(zip(DIFFERENTIABLE, inputs, strict=True)))  # type: ignore[arg-type]
+        return torch.stack(by_reference.log_sum_exp(again)[:2])
+
+    if not torch.is_grad_enabled():
+        return compute()
+    return first_derivatives(compute, value, torch.stack([by_negative, by_positive]), problem.differentiable())
+
+
+class LogSumExp(torch.autograd.Function):
+    """``hicl_fast::log_sum_exp`` without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, backend: str, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        outputs = _sweep(problem, backend)
+        save_problem(ctx, problem, backend, outputs.negative)
+        ctx.mark_non_differentiable(*outputs[2:])
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, negative_grad: Tensor | None, positive_grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        return (None, None, *_gradients(ctx, negative_grad, positive_grad, ctx.needs_input_grad[2:]))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *flat, backend = inputs
+    save_problem(ctx, Problem(*flat), backend, output[0])
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _backward(ctx: Any, negative_grad: Tensor | None, positive_grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    needs_grad = [ctx.needs_input_grad[FIELDS.index(name)] for name in DIFFERENTIABLE]
+    return among_arguments(_gradients(ctx, negative_grad, positive_grad, needs_grad), len(FIELDS) + 1)
+
+
+torch.library.register_autograd("hicl_fast::log_sum_exp", _backward, setup_context=_setup, lib=_library)
