@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
@@ -47,9 +48,10 @@ INFO_NCE: dict[str, Any] = {
     "negatives": rows(N, D),
     "bank": rows(3, D),
     "extra_logits": rows(N, 2),
-    "query_group": torch.arange(N),
-    "key_group": torch.arange(M),
+    "query_group": torch.arange(N)[:, None],
+    "key_group": torch.arange(M)[:, None],
 }
+IDS = {"query_group": torch.arange(N), "key_group": torch.arange(M)}
 PLAIN = {**dict.fromkeys(INFO_NCE), "query": rows(N, D), "key": rows(N, D)}
 
 
@@ -62,7 +64,7 @@ def columns(*kinds: KindOfColumn) -> dict[str, list[Any]]:
 
 
 def keys(**rules: Any) -> KindOfColumn:
-    in_groups = {"groups": 1, "query_group": torch.arange(N), "group": torch.arange(M)}
+    in_groups = {"groups": 1, "query_group": torch.arange(N)[:, None], "group": torch.arange(M)[:, None]}
     return KindOfColumn(
         **{"name": "key", "vectors": rows(M, D), "wants_gradient": True, "special": 1}
         | {"special_column": to_last(N, M)}
@@ -82,10 +84,20 @@ def plain_keys(n: int = N, d: int = D) -> KindOfColumn:
 
 
 KEYS, OWN, BANK = keys(), own(), KindOfColumn("bank", rows(3, D), wants_gradient=False)
-OPTIONS = {"row_weight": 1.0, "scale": 20.0, "margin": 0.0, "symmetric": False}
+
+
+def two_ids(n: int) -> Tensor:
+    return torch.arange(2 * n).reshape(n, 2)
+
+
+OF_QUERIES = {"groups": 1, "query_group": two_ids(N)}
+RELATIONS = {"groups": 1, "query_group": two_ids(N), "group": two_ids(M)}
+LIMITS = {"limit": rows(N), "false_negative_margin": 0.1, "false_negative_ratio": 0.9}
+NO_LIMITS = {"limit": None, "false_negative_margin": math.inf, "false_negative_ratio": math.inf}
+OPTIONS = {"negative_grad": None, "positive_grad": None, "row_weight": 1.0, "scale": 20.0, "margin": 0.0, "symmetric": False}
 MIXES_NOTHING = {"mixed_pairs": None, "k": 0, "alpha": 0.5}
 WANTS_ALL = {"wants_query": True, "wants_extra_logits": True, "wants_scale": True}
-REST = OPTIONS | MIXES_NOTHING | WANTS_ALL
+REST = OPTIONS | NO_LIMITS | MIXES_NOTHING | WANTS_ALL
 
 
 PAIRS = torch.tensor([[[0, 1], [1, K - 1]]]).repeat(N, 1, 1)
@@ -121,7 +133,8 @@ CPP = [
     ),
     Call(
         "hard_negatives",
-        {n: INFO_NCE[n] for n in ("query", "key", "target", "query_group", "key_group")}
+        {n: INFO_NCE[n] for n in ("query", "key", "target")}
+        | IDS
         | {"k": K, "exclude_target": True},
     ),
     Call("mixed_negatives", MIXED, (*CANDIDATES, "pairs: dimension 1")),
@@ -148,6 +161,15 @@ CPP = [
         "paradigm_combine",
         {"x": rows(N, D), "y": rows(N, D), "t": rows(N, D), "weight": "softmax", "parameter": 0.1},
         ("t: dimension 1",),
+    ),
+    Call(
+        "info_nce",
+        {"query": rows(N, D), **columns(keys(special_column=None, **RELATIONS), own(group=two_ids(N), **OF_QUERIES))}
+        | {"extra_logits": None, "loss_grad": None}
+        | REST
+        | LIMITS
+        | {"negative_grad": rows(N), "positive_grad": rows(N)},
+        ("column_tensors[0]: dimension 0 larger", "column_tensors[4]: dimension 0 larger"),
     ),
 ]
 
@@ -254,6 +276,8 @@ def test_gradients_of_terms(name: str) -> None:
                 (KEYS, OWN, OWN),
                 (keys(vectors=None), OWN, BANK),
                 (keys(special=1.5), OWN, BANK),
+                (keys(**RELATIONS | {"groups": 2}), OWN, BANK),
+                (keys(query_group=two_ids(N)), OWN, BANK),
                 (),
             )
         ),
@@ -263,9 +287,11 @@ def test_gradients_of_terms(name: str) -> None:
             for changed in (x[:-1], [*x, x[-1]], x[:4])
         ),
         ("info_nce", CPP[0].arguments | {"symmetric": True}),
+        ("info_nce", CPP[0].arguments | {"negative_grad": rows(N)}),
+        *(("info_nce", CPP[1].arguments | {name: value}) for name, value in LIMITS.items()),
         (
             "info_nce",
-            CPP[1].arguments | columns(keys(vectors=rows(N, D), special_column=None, group=torch.arange(N), groups=2)),
+            CPP[1].arguments | columns(keys(vectors=rows(N, D), special_column=None, group=torch.arange(N)[:, None], groups=2)),
         ),
         ("info_nce", CPP[1].arguments | columns(plain_keys(N + 1, D))),
         ("info_nce", CPP[1].arguments | {"symmetric": False} | columns(plain_keys(N - 1, D))),
@@ -320,6 +346,12 @@ REGISTERED = [
         "info_nce_rows_backward",
         _problem(PLAIN) | STATISTICS | {"wanted": [True, True, False, False, True]} | CPP_BACKEND,
         ("key: dimension 0 larger", *UNREAD),
+    ),
+    Call("log_sum_exp", _problem(INFO_NCE | {"limit": rows(N)}) | CPP_BACKEND, (*COLUMNS, "negatives: dimension 0", *UNREAD)),
+    Call(
+        "log_sum_exp_backward",
+        _problem(INFO_NCE) | {n: rows(N) for n in ("negative", "negative_grad", "positive_grad")} | WANTED | CPP_BACKEND,
+        (*COLUMNS, "negatives: dimension 0", *UNREAD),
     ),
     Call("hard_negatives", CPP[3].arguments | CPP_BACKEND),
     Call("mixed_negatives", MIXED | CPP_BACKEND, (*CANDIDATES, "pairs: dimension 1")),

@@ -32,10 +32,8 @@ class Columns:
     hardness: float = field(default=0.0, kw_only=True)
 
 
-def columns_of(name: str, given: Tensor | Columns | None, group: Tensor | None = None) -> Columns | None:
+def columns_of(name: str, given: Tensor | Columns, group: Tensor | None = None) -> Columns:
     """An argument as Columns, with the group that came as an argument of its own."""
-    if given is None:
-        return None
     if not isinstance(given, Columns):
         return Columns(given, group=group)
     if given.group is not None and group is not None:
@@ -60,11 +58,9 @@ def problem_of(
     **options: Any,
 ) -> Problem:
     """All arguments checked; ``options`` are those of :func:`check_options`."""
-    keys, explicit, queue = (
-        columns_of(name, given, group)
-        for name, given, group in (("key", key, key_group), ("negatives", negatives, None), ("bank", bank, bank_group))
-    )
-    assert keys is not None
+    keys = columns_of("key", key, key_group)
+    explicit = None if negatives is None else columns_of("negatives", negatives)
+    queue = None if bank is None else columns_of("bank", bank, bank_group)
     rows = [None if one is None else one.rows for one in (keys, explicit, queue)]
     check_matrices(query, keys.rows, *rows[1:])
     check_rows(query, keys.rows, target, extra_logits)
