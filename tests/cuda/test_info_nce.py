@@ -206,7 +206,7 @@ def test_a_temperature_that_only_the_device_knows() -> None:
     inputs, scale = draw(20, 20, 24, torch.float32), 20.0
     known, unknown = (
         torch.ops.hicl_fast_cuda.small_info_nce(
-            inputs["query"], inputs["key"], *6 * [None], tensor, number, 0.05, 0.0, 0.0, 19
+            inputs["query"], inputs["key"], *8 * [None], tensor, number, 0.05, 0.0, 0.0, 19
         )
         for tensor, number in ((None, scale), (torch.tensor(scale), 0.0))
     )
@@ -218,9 +218,29 @@ def test_a_target_out_of_range_on_the_device_makes_nan() -> None:
     target = torch.arange(20)
     target[3] = 20
     loss, *_ = torch.ops.hicl_fast_cuda.small_info_nce(
-        inputs["query"], inputs["key"], target, *6 * [None], 20.0, 1.0, 0.0, 0.0, 0
+        inputs["query"], inputs["key"], target, *8 * [None], 20.0, 1.0, 0.0, 0.0, 0
     )
     assert loss[3].isnan() and loss.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("name", ["plain", "margin", "sharp", "groups", "groups and targets"])
+def test_log_sum_exp(name: str) -> None:
+    inputs = draw(37, 70, 40, torch.float32, negatives=37, extra=5, learned=name != "sharp")
+
+    def rows(operator: Any, inputs: dict[str, Tensor], options: dict[str, Any]) -> list[Tensor]:
+        leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+        found = operator(**leaves, **options)[:2]
+        weights = torch.linspace(-1, 2, 37).to(found[0].dtype), torch.linspace(3, 1, 37).to(found[0].dtype)
+        sum((x * w).sum() for x, w in zip(found, weights, strict=True)).backward()
+        return [torch.stack(found).detach(), *(leaf.grad for leaf in leaves.values())]
+
+    ours = rows(HF.log_sum_exp, inputs, {**OPTIONS[name], "hard_negative_weight": 1.5, "backend": "cuda"})
+    options = {**OPTIONS[name], "hard_negative_weight": 1.5}
+    exact = rows(reference.log_sum_exp, {name: x.double() for name, x in inputs.items()}, options)
+    eager = rows(reference.log_sum_exp, inputs, options)
+    for got, expected, plain in zip(ours, exact, eager, strict=True):
+        error, of_eager = (float((x.double() - expected).norm() / expected.norm()) for x in (got, plain))
+        assert error <= 4 * of_eager + TOLERANCE[torch.float32]
 
 
 TOO_MANY = "more than 1024 rows, columns or dimensions"
@@ -228,6 +248,9 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("a bank", {"bank": torch.ones(2, 8)}),
     ("several positives", {"query_group": torch.arange(4), "key_group": torch.arange(4), "same_group": "positive"}),
     ("a symmetric loss", {"symmetric": True}),
+    ("several relations", {"query_group": torch.zeros(4, 2).long(), "key_group": torch.zeros(4, 2).long()}),
+    ("a limit", {"false_negative_margin": 0.1}),
+    ("hardness", {"negatives": HF.Columns(torch.ones(4, 8), hardness=1.0)}),
     (TOO_MANY, {"negatives": torch.ones(1025, 8)}),
     (TOO_MANY, {"extra_logits": torch.ones(4, 1025)}),
 ]

@@ -9,6 +9,7 @@ import torch
 
 from tests.ops.test_wrong_operands import (
     CANDIDATES,
+    IDS,
     INFO_NCE,
     MIXED,
     OFFSETS,
@@ -27,7 +28,9 @@ from tests.ops.test_wrong_operands import (
 pytestmark = pytest.mark.usefixtures("emulated")
 
 NUMBERS = {"scale": 20.0, "row_weight": 1.0, "own_bias": 0.0, "margin": 0.0, "wanted": 0b11111}
-SMALL: dict[str, Any] = {name: x for name, x in INFO_NCE.items() if name != "bank"}
+SMALL: dict[str, Any] = {name: x for name, x in INFO_NCE.items() if name != "bank"} | IDS
+WEIGHTS = {"negative_grad": rows(N), "positive_grad": rows(N)}
+NO_WEIGHTS = dict.fromkeys(WEIGHTS)
 SEQUENCES = {"segments": rows(S, D), "offsets": OFFSETS, "weights": rows(S).abs()}
 PARTNERS = {"coefficient": rows(N), "partner": to_last(N, M), "begin": None}
 LISTED = {"coefficient": rows(M), "partner": torch.arange(M), "begin": torch.tensor([0, 1, 2, 3, 4, 5, M])}
@@ -37,12 +40,12 @@ OTHERS = {"other": rows(M, D), "other_inverse": rows(M)}
 CALLS = [
     Call(
         "small_info_nce",
-        SMALL | {"loss_grad": rows(N), "scale_on_device": torch.tensor(20.0)} | NUMBERS,
+        SMALL | {"loss_grad": rows(N), "scale_on_device": torch.tensor(20.0)} | WEIGHTS | NUMBERS,
         ("extra_logits: dimension 1", "negatives: dimension 0", "scale_on_device: not contiguous"),
     ),
     Call(
         "small_info_nce",
-        {name: PLAIN[name] for name in SMALL} | {"loss_grad": None, "scale_on_device": None} | NUMBERS,
+        {name: PLAIN[name] for name in SMALL} | {"loss_grad": None, "scale_on_device": None} | NO_WEIGHTS | NUMBERS,
         ("key: dimension 0 larger", "query: dimension 0 smaller", "query: dimension 0 empty"),
     ),
     Call(

@@ -63,6 +63,8 @@ INDICES = (
 PLACES = ("nearest_ptr", "column_index_ptr")
 SIZES = re.compile(r"num_\w+|dim|first_\w+|parts|part_cols|k|\w+_stride|distance")  # the other numbers are float32
 
+NO_RULES = {"RELATIONS": 1, "LIMITED": False, "HARDENED": False}
+RULES = {"RELATIONS": 2, "LIMITED": True, "HARDENED": True}
 # With every feature on, a kernel needs the most; plain is what the plain loss runs.
 FEATURES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "exp, plain": (info_nce.exp_kernel, {"SPECIAL": 1, "GROUPS": 0, "WANTS_DOT": False}, EXP),
@@ -71,7 +73,20 @@ FEATURES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "exp, groups": (info_nce.exp_kernel, {"SPECIAL": 1, "GROUPS": 1, "WANTS_DOT": False}, EXP),
     "exp, groups, dot": (info_nce.exp_kernel, {"SPECIAL": 1, "GROUPS": 1, "WANTS_DOT": True}, HEAVY_EXP),
     "exp, own bias, dot": (info_nce.exp_kernel, {"SPECIAL": 2, "GROUPS": 0, "WANTS_DOT": True}, HEAVY_EXP),
+    "exp, rules": (info_nce.exp_kernel, {**RULES, "SPECIAL": 1, "GROUPS": 1, "WANTS_DOT": False}, HEAVY_EXP),
+    "exp, rules, own, dot": (info_nce.exp_kernel, {**RULES, "SPECIAL": 2, "GROUPS": 1, "WANTS_DOT": True}, HEAVY_EXP),
     "statistics": (info_nce.statistics_kernel, {"SPECIAL": 1, "GROUPS": 0, "HAS_COLUMNS": False}, STATISTICS),
+    "statistics, relations": (
+        info_nce.statistics_kernel,
+        {**RULES, "LIMITED": False, "SPECIAL": 1, "GROUPS": 1, "HAS_COLUMNS": False},
+        STATISTICS,
+    ),
+    "statistics, rules": (info_nce.statistics_kernel, {**RULES, "SPECIAL": 1, "GROUPS": 1, "HAS_COLUMNS": False}, HEAVY_EXP),
+    "statistics, limit, positives": (
+        info_nce.statistics_kernel,
+        {"LIMITED": True, "SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": False},
+        NARROW,
+    ),
     "statistics, symmetric": (info_nce.statistics_kernel, {"SPECIAL": 1, "GROUPS": 1, "HAS_COLUMNS": True}, NARROW),
     "statistics, positives": (
         info_nce.statistics_kernel,
@@ -86,6 +101,16 @@ FEATURES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "gradients, positives": (
         info_nce.similarity_gradient_kernel,
         {"SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": False, "WANTS_DOT": True},
+        NARROW,
+    ),
+    "gradients, limit, positives": (
+        info_nce.similarity_gradient_kernel,
+        {"LIMITED": True, "SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": False, "WANTS_DOT": True},
+        NARROW,
+    ),
+    "gradients, relations": (
+        info_nce.similarity_gradient_kernel,
+        {**RULES, "LIMITED": False, "SPECIAL": 1, "GROUPS": 1, "HAS_COLUMNS": True, "WANTS_DOT": True},
         NARROW,
     ),
 }
@@ -124,7 +149,7 @@ def _check(arch: str, operand: str, name: str, needs: Resources, table: list[str
 def _compile_tiled(arch: str, operand: str, kernel: Any, features: dict[str, Any], tile: Tile) -> Any:
     element, precision = PRODUCTS[operand]
     options = {**tile.options(), "DESCRIBED": tile.described, "PRECISION": precision}
-    constants = {key: value for key, value in {**features, **options}.items() if key in kernel.arg_names}
+    constants = {key: value for key, value in {**NO_RULES, **features, **options}.items() if key in kernel.arg_names}
     types = _types(kernel.arg_names, element)
     if tile.described:
         sizes = {
@@ -273,7 +298,7 @@ def test_arguments_that_are_one_or_none(name: str) -> None:
     kernel, features, absent = LEFT_OUT[name]
     tile = similarity_tile("sm_90", "16 bit", NARROW)
     blocks = {**tile.options(), "BLOCK_DIM": 64, "PRECISION": "ieee", "DESCRIBED": False}
-    constants = {**features, **ALONE, **blocks, **dict.fromkeys([*absent, *GROUPS])}
+    constants = {**NO_RULES, **features, **ALONE, **blocks, "limit_ptr": None, **dict.fromkeys([*absent, *GROUPS])}
     taken = {key: value for key, value in constants.items() if key in kernel.arg_names}
     compiled = compile_for("sm_90", kernel, _types(kernel.arg_names, "bf16"), taken, num_warps=8)
     assert resources_of(compiled).spills == 0

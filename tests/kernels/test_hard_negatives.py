@@ -114,6 +114,7 @@ def test_compiles(arch: str, operand: str, k: int) -> None:
         **blocks,
         "SPECIAL": 1,
         "GROUPS": 1,
+        "RELATIONS": 1,
         "KEPT": hard_negatives.kept(k),
         "PRECISION": precision,
         "DESCRIBED": False,

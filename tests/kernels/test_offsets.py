@@ -65,7 +65,8 @@ def products_in_32_bits(ttir: str) -> list[str]:
     return found
 
 
-TILED = {**similarity_tile("sm_90", "16 bit", NARROW).options(), "PRECISION": "ieee", "DESCRIBED": False}
+RULES = {"RELATIONS": 2, "LIMITED": True, "HARDENED": True}
+TILED = {**RULES, **similarity_tile("sm_90", "16 bit", NARROW).options(), "PRECISION": "ieee", "DESCRIBED": False}
 ROW = {"BLOCK_ROWS": 4, "BLOCK_DIM": 1024}
 POOL = {"SUM_TYPE": tl.float32, "BLOCK_DIM": 512}
 MIXED = {
@@ -76,7 +77,7 @@ MIXED = {
     "BLOCK_PAIRS": 16,
     "BLOCK_DIM": 64,
 }
-HARDEST = {**hard_negatives_tile("sm_90", "16 bit", 10).options(), "PRECISION": "ieee", "DESCRIBED": False, "KEPT": 16}
+HARDEST = {"RELATIONS": 1, **hard_negatives_tile("sm_90", "16 bit", 10).options(), "PRECISION": "ieee", "DESCRIBED": False, "KEPT": 16}
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "exp": (info_nce.exp_kernel, {**TILED, "SPECIAL": 2, "GROUPS": 1, "WANTS_DOT": True}),
     "statistics": (info_nce.statistics_kernel, {**TILED, "SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": True}),

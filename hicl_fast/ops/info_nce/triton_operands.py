@@ -83,7 +83,7 @@ class Operands:
             ordered, wanted = group[:, 0].sort().values, query_group[:, 0].contiguous()
             count += torch.searchsorted(ordered, wanted, right=True) - torch.searchsorted(ordered, wanted)
             if kind is self.keys:  # the target may be among them
-                count -= group[self.target.clamp(0, len(group) - 1), 0] == wanted
+                count -= (group[self.target.clamp(0, len(group) - 1), 0] == wanted).to(count.dtype)
         return count
 
     @functools.cached_property
