@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +14,11 @@ from hicl_fast import functional as HF
 from hicl_fast.distributed.agreement import Shares
 from hicl_fast.distributed.gathering import gather_labels, gather_rows
 from hicl_fast.distributed.ranks import Gather, Ranks
-from hicl_fast.distributed.ring import foreign_log_sum_exp
-from hicl_fast.ops.common.constants import Reduction
+from hicl_fast.distributed.ring import Settings, Travelling, foreign_log_sum_exp
+from hicl_fast.ops.common.constants import Reduction, SameGroup
 from hicl_fast.ops.common.numbers import scale_of
+from hicl_fast.ops.info_nce.arguments import by_relation
+from hicl_fast.ops.info_nce.rows import limits_of
 
 # From the keys of all ranks, their groups and the place of the first own one among them: the keys to score, and further
 # options of info_nce.
@@ -27,7 +30,16 @@ class Part(NamedTuple):
 
     rows: Tensor  # (N, D)
     shares: Shares
-    group: Tensor | None = None  # (N,) int64
+    group: Tensor | None = None  # (N,) or (N, G) int64
+    hardness: float = 0.0
+
+    def gathered(self, ranks: Ranks) -> HF.Columns:
+        """The rows of all ranks."""
+        group = None if self.group is None else gather_labels(self.group, self.shares, ranks)
+        return HF.Columns(gather_rows(self.rows, self.shares, ranks), group=group, hardness=self.hardness)
+
+    def own(self) -> HF.Columns:
+        return HF.Columns(self.rows, group=self.group, hardness=self.hardness)
 
 
 class JoinedLoss(NamedTuple):
@@ -35,7 +47,7 @@ class JoinedLoss(NamedTuple):
     positive: Tensor  # (N,) similarity of each own row's positive
     hardest: Tensor  # (N,) of its hardest negative; −inf where there is none
     keys: Tensor | None = None  # (M₀ + M₁ + …, D), where they were gathered
-    key_group: Tensor | None = None  # (M₀ + M₁ + …,) int64, likewise
+    key_group: Tensor | None = None  # (M₀ + M₁ + …,) or (…, G) int64, likewise
     hard_negatives: Tensor | None = None  # (N, k) int64, the keys that were mixed
 
 
@@ -45,6 +57,7 @@ def joined_info_nce(
     negatives: Part | None,
     ranks: Ranks,
     *,
+    target: Tensor | None = None,
     gather: Gather = True,
     symmetric: bool = False,
     reduction: Reduction = "mean",
@@ -62,6 +75,7 @@ def joined_info_nce(
         key: this rank's keys, for everyone.
         negatives: this rank's explicit negatives, for everyone.
         ranks: the processes.
+        target: (N,) int64, the place among this rank's keys of each own query's positive; default: that of the query.
         gather: ``True`` gathers keys and negatives; ``"ring"`` lets them travel, and no rank holds all of them.
         symmetric: average with the loss of queries and keys exchanged, for which the queries are exchanged too.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -70,12 +84,13 @@ def joined_info_nce(
     """
     score = _with_ring if gather == "ring" else _with_gathered
     if negatives is not None and gather is True:
-        options["gathered_negatives"] = gather_rows(negatives.rows, negatives.shares, ranks)
+        options["gathered_negatives"] = negatives.gathered(ranks)
     if mix is not None:
         options["mix"] = mix
-    result = score(query, key, negatives, ranks, reduction=reduction, **options)
+    result = score(query, key, negatives, ranks, target=target, reduction=reduction, **options)
     if symmetric:
-        columns = score(key, query, negatives, ranks, reduction=reduction, **options)
+        exchanged = key._replace(hardness=0.0), query._replace(hardness=key.hardness)
+        columns = score(*exchanged, negatives, ranks, target=None, reduction=reduction, **options)
         result = result._replace(loss=(result.loss + columns.loss) / 2)
     weight = _weight(query.shares, ranks, reduction)
     return result if weight == 1.0 else result._replace(loss=result.loss * weight)
@@ -115,35 +130,39 @@ def _with_gathered(
     negatives: Part | None,
     ranks: Ranks,
     *,
-    gathered_negatives: Tensor | None = None,
+    target: Tensor | None,
+    gathered_negatives: HF.Columns | None = None,
     hard_negative_weight: float = 0.0,
     mix: Mix | None = None,
     **options: Any,
 ) -> JoinedLoss:
-    keys = gather_rows(key.rows, key.shares, ranks)
-    key_group = None if key.group is None else gather_labels(key.group, key.shares, ranks)
-    first = key.shares.first
+    keys, first = key.gathered(ranks), key.shares.first
     if mix is not None:
-        keys, mixtures = mix(keys, key_group, first)
+        mixed_keys, mixtures = mix(keys.rows, keys.group, first)
+        keys = replace(keys, rows=mixed_keys)
         options.update(mixtures)
-    columns, columns_group, own_negatives = keys, key_group, gathered_negatives
+    own = torch.arange(len(query.rows), device=keys.rows.device) if target is None else target
     if negatives is not None and gathered_negatives is not None and hard_negative_weight:
-        # A weight is for row i's own negative i: the others' negatives are further keys, of nobody's group.
-        own, own_negatives = negatives.shares.slices[ranks.rank], negatives.rows
-        columns = torch.cat([keys, gathered_negatives[: own.start], gathered_negatives[own.stop :]])
-        if query.group is not None and key_group is not None:
-            columns_group = torch.cat([key_group, nobody(query.group).expand(len(columns) - len(keys))])
+        gathered_negatives = _own_first(gathered_negatives, negatives.shares.slices[ranks.rank])
     loss, positive, hardest, hard_negatives = HF.info_nce_with_statistics(
         query.rows,
-        columns,
-        target=torch.arange(first, first + len(query.rows), device=keys.device),
-        negatives=own_negatives,
+        keys,
+        target=own + first,
+        negatives=gathered_negatives,
         hard_negative_weight=hard_negative_weight,
         query_group=query.group,
-        key_group=columns_group,
         **options,
     )
-    return JoinedLoss(loss, positive, hardest, keys, key_group, hard_negatives)
+    return JoinedLoss(loss, positive, hardest, keys.rows, keys.group, hard_negatives)
+
+
+def _own_first(negatives: HF.Columns, own: slice) -> HF.Columns:
+    """A weight is for row i's own negative i, which is looked for at place i."""
+
+    def moved(x: Tensor) -> Tensor:
+        return torch.cat([x[own], x[: own.start], x[own.stop :]])
+
+    return replace(negatives, rows=moved(negatives.rows), group=None if negatives.group is None else moved(negatives.group))
 
 
 def _with_ring(
@@ -152,58 +171,52 @@ def _with_ring(
     negatives: Part | None,
     ranks: Ranks,
     *,
+    target: Tensor | None,
     temperature: float | Tensor,
-    same_group: str,
+    same_group: SameGroup,
+    false_negative_margin: float | None = None,
+    false_negative_ratio: float | None = None,
     precision: str | None = None,
     backend: str = "auto",
     **options: Any,
 ) -> JoinedLoss:
     """The rank's own keys by the operator, with all others' log-sum-exp as one more logit of each row."""
-    groups: dict[str, Any] = {}
-    if query.group is not None and key.group is not None and same_group == "exclude":
-        groups["query_group"] = query.group
-        groups["key_group"] = _block_groups(query.group, gather_labels(key.group, key.shares, ranks), key, negatives)
-    block, shares = key.rows, key.shares
-    if negatives is not None:
-        block = torch.cat([key.rows, negatives.rows])
-        counts = (sum(pair) for pair in zip(key.shares.counts, negatives.shares.counts, strict=True))
-        shares = Shares(tuple(counts), ranks.rank)
-    lse, foreign_hardest = foreign_log_sum_exp(
-        query.rows,
-        block,
-        scale_of(temperature, query.rows, block),
+    limits = {"false_negative_margin": false_negative_margin, "false_negative_ratio": false_negative_ratio}
+    foreign = [x for x in (negatives, key) if x is not None]
+    block = torch.cat([x.rows for x in foreign]) if len(foreign) > 1 else key.rows
+    travelling = {name: _travelling(x, ranks, same_group) for name, x in (("key", key), ("negatives", negatives))}
+    has_groups = any(x is not None and x.group is not None for x in travelling.values())
+    settings = Settings(
         ranks=ranks,
-        shares=shares,
+        **travelling,  # type: ignore[arg-type]
+        query_group=by_relation(query.group) if has_groups else None,
+        limit=limits_of(query.rows, key.rows, target, **limits),
         precision=precision or "default",
         backend=backend,
-        **groups,
+    )
+    lse, foreign_hardest = foreign_log_sum_exp(
+        query.rows, block, scale_of(temperature, query.rows, block), settings
     )
     loss, positive, hardest, _ = HF.info_nce_with_statistics(
         query.rows,
-        key.rows,
+        key.own(),
+        target=target,
         temperature=temperature,
-        negatives=None if negatives is None else negatives.rows,
+        negatives=None if negatives is None else negatives.own(),
         extra_logits=lse[:, None],
         query_group=query.group,
-        key_group=key.group,
-        same_group=same_group,  # type: ignore[arg-type]
+        same_group=same_group,
         precision=precision,
         backend=backend,
+        **limits,
         **options,
     )
     return JoinedLoss(loss, positive, torch.maximum(hardest, foreign_hardest))
 
 
-def _block_groups(query_group: Tensor, key_group: Tensor, key: Part, negatives: Part | None) -> Tensor:
-    """The groups of all blocks' rows: keys have theirs, explicit negatives nobody's."""
-    if negatives is None:
-        return key_group
-    parts = []
-    for rows, count in zip(key.shares.slices, negatives.shares.counts, strict=True):
-        parts += [key_group[rows], nobody(query_group).expand(count)]
-    return torch.cat(parts)
-
-
-def nobody(query_group: Tensor) -> Tensor:
-    """A group (1,) that none of the queries is in."""
-    return (query_group.max() + 1)[None]
+def _travelling(part: Part | None, ranks: Ranks, same_group: SameGroup) -> Travelling | None:
+    if part is None:
+        return None
+    has_groups = part.group is not None and same_group == "exclude"
+    group = by_relation(gather_labels(part.group, part.shares, ranks)) if has_groups else None  # type: ignore[arg-type]
+    return Travelling(part.shares, group, part.hardness)

@@ -16,6 +16,16 @@ from hicl_fast.ops.backends import registry
 from hicl_fast.ops.common.autograd import once_differentiable
 from hicl_fast.ops.common.numbers import sum_type
 from hicl_fast.ops.info_nce.problem import Problem
+from hicl_fast.ops.log_sum_exp import operator as log_sum_exp
+
+
+@dataclass(frozen=True)
+class Travelling:
+    """A kind of column that goes round, of all ranks."""
+
+    shares: Shares  # rows of each rank
+    group: Tensor | None = None  # (K₀ + K₁ + …, G) int64
+    hardness: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -23,25 +33,27 @@ class Settings:
     """What stays as it is all the way round."""
 
     ranks: Ranks
-    shares: Shares  # rows of each rank's block
-    query_group: Tensor | None  # (N,) int64
-    key_group: Tensor | None  # (all blocks' rows,) int64
+    key: Travelling
+    negatives: Travelling | None
+    query_group: Tensor | None  # (N, G) int64
+    limit: Tensor | None  # (N,)
     precision: str
     backend: str
+
+    def num_negatives(self, rank: int) -> int:
+        return 0 if self.negatives is None else self.negatives.shares.counts[rank]
+
+    def rows_of(self, rank: int) -> int:
+        """A block has a rank's negatives, then its keys."""
+        return self.num_negatives(rank) + self.key.shares.counts[rank]
 
 
 @torch.compiler.disable
 def foreign_log_sum_exp(
     query: Tensor,  # (N, D)
-    block: Tensor,  # (K, D)
+    block: Tensor,  # (P + K, D)
     scale: Tensor,  # ()
-    *,
-    ranks: Ranks,
-    shares: Shares,
-    query_group: Tensor | None = None,  # (N,) int64
-    key_group: Tensor | None = None,  # (K₀ + K₁ + …,) int64
-    precision: str = "default",
-    backend: str = "auto",
+    settings: Settings,
 ) -> tuple[Tensor, Tensor]:
     r"""The queries' log-sum-exps over the blocks of all ranks but this one.
 
@@ -56,20 +68,14 @@ def foreign_log_sum_exp(
 
     Args:
         query: (N, D) this rank's queries.
-        block: (K, D) this rank's keys, for the others.
+        block: (P + K, D) this rank's explicit negatives, then its keys, for the others.
         scale: () 1/τ.
-        ranks: the processes, two at least.
-        shares: how many rows each rank's block has.
-        query_group: (N,) group of each query; keys of the same group don't count. Given with ``key_group``.
-        key_group: group of each row of all blocks, in the order of ranks.
-        precision: of the products, as a :class:`hicl_fast.ops.info_nce.problem.Problem` has it.
-        backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+        settings: the ranks, two at least, and the columns' rules.
 
     Returns:
         The log-sum-exps (N,), −inf for a row that no foreign key counts for, with gradients for query, block and
         scale; and the largest similarity among them (N,), detached.
     """
-    settings = Settings(ranks, shares, query_group, key_group, precision, backend)
     return _ForeignLogSumExp.apply(query, block, scale, settings)
 
 
@@ -81,9 +87,10 @@ class _ForeignLogSumExp(torch.autograd.Function):
         carousel = _Carousel(block, settings)
         for _ in range(1, settings.ranks.size):
             owner, held = carousel.next()
-            _, _, block_hardest, negative_lse, _ = _score(_problem(query, held, scale, owner, settings), settings)
-            by_block.append(negative_lse)
-            hardest = torch.maximum(hardest, block_hardest)
+            problem = _problem(query, held, scale, owner, settings)
+            rows = log_sum_exp.Outputs(*torch.ops.hicl_fast.log_sum_exp(*problem.flat(), _choose(problem, settings)))
+            by_block.append(rows.negative)
+            hardest = torch.maximum(hardest, rows.hardest)
         block_lse = torch.stack(by_block)  # (ranks − 1, N)
         lse = torch.logsumexp(block_lse, dim=0)
         ctx.settings = settings
@@ -99,25 +106,23 @@ class _ForeignLogSumExp(torch.autograd.Function):
         wants_query, wants_block, wants_scale, _ = ctx.needs_input_grad
         query_grad = torch.zeros_like(query, dtype=lse.dtype)
         scale_grad = torch.zeros_like(scale, dtype=lse.dtype)
-        floor = -scale.to(device=lse.device, dtype=lse.dtype)
 
         carousel, luggage = _Carousel(block, settings), _Luggage(settings)
         for one_lse in block_lse:
             owner, held = carousel.next()
-            # The operator's softmax is over this block and the floor; its share of the whole is the rows' weight.
-            row_lse = torch.logaddexp(one_lse, floor)
-            weight = torch.where(lse == -math.inf, 0.0, lse_grad * torch.exp(row_lse - lse))
-            to_query, to_block, _, _, to_scale = _score_backward(
-                _problem(query, held, scale, owner, settings), one_lse, weight, ctx.needs_input_grad, settings
+            weight = torch.where(one_lse == -math.inf, 0.0, lse_grad * torch.exp(one_lse - lse))  # this block's share
+            problem = _problem(query, held, scale, owner, settings)
+            wanted = [wants_query, wants_block, wants_block and problem.negatives is not None, False, wants_scale]
+            to_query, to_key, to_negatives, _, to_scale = torch.ops.hicl_fast.log_sum_exp_backward(
+                *problem.flat(), one_lse, weight, torch.zeros_like(weight), wanted, _choose(problem, settings)
             )
             if wants_query:
                 query_grad += to_query
-            if wants_scale:  # without what the floor, whose similarity is −1, adds to it
-                scale_grad += to_scale.to(scale_grad.device) - (weight * torch.exp(one_lse - row_lse)).sum().to(
-                    scale_grad.device
-                )
+            if wants_scale:
+                scale_grad += to_scale.to(scale_grad.device)
             if wants_block:
-                luggage.add_and_pass_on(owner, to_block[:-1])
+                to_key = to_key[:-1]
+                luggage.add_and_pass_on(owner, torch.cat([to_negatives, to_key]) if wanted[2] else to_key)
         return (
             query_grad.to(query.dtype) if wants_query else None,
             luggage.home().to(block.dtype) if wants_block else None,
@@ -130,12 +135,12 @@ class _Carousel:
     """Passes the blocks round: at step t a rank holds that of the rank t places before it."""
 
     def __init__(self, block: Tensor, settings: Settings) -> None:
-        self.ranks, self.shares = settings.ranks, settings.shares
+        self.ranks, self.rows_of = settings.ranks, settings.rows_of
         self.step = 0
         self._start(block.contiguous())
 
     def next(self) -> tuple[int, Tensor]:
-        """The rank that the next block comes from, and the block (K + 1, D) with a zero row at its end."""
+        """The rank that the next block comes from, and the block (P + K + 1, D) with a zero row at its end."""
         _wait(self.works)
         self.step += 1
         owner, held = (self.ranks.rank - self.step) % self.ranks.size, self.incoming
@@ -145,7 +150,7 @@ class _Carousel:
 
     def _start(self, outgoing: Tensor) -> None:
         owner = (self.ranks.rank - self.step - 1) % self.ranks.size
-        self.incoming = outgoing.new_empty(self.shares.counts[owner] + 1, outgoing.shape[1])
+        self.incoming = outgoing.new_empty(self.rows_of(owner) + 1, outgoing.shape[1])
         self.incoming[-1] = 0
         self.outgoing = outgoing  # alive until it has left
         self.works = _pass_on(outgoing, self.incoming[:-1], self.ranks)
@@ -155,7 +160,7 @@ class _Luggage:
     """The blocks' gradients, which travel one step behind the blocks and end where those began."""
 
     def __init__(self, settings: Settings) -> None:
-        self.ranks, self.shares = settings.ranks, settings.shares
+        self.ranks, self.rows_of = settings.ranks, settings.rows_of
         self.incoming: Tensor | None = None
         self.works: list[dist.Work] = []
 
@@ -164,7 +169,7 @@ class _Luggage:
             _wait(self.works)
             gradient = gradient + self.incoming
         self.outgoing = gradient.contiguous()
-        rows = self.shares.counts[(owner - 1) % self.ranks.size]
+        rows = self.rows_of((owner - 1) % self.ranks.size)
         self.incoming = gradient.new_empty(rows, gradient.shape[1])
         self.works = _pass_on(self.outgoing, self.incoming, self.ranks)
 
@@ -191,43 +196,32 @@ def _wait(works: list[dist.Work]) -> None:
 
 
 def _problem(query: Tensor, held: Tensor, scale: Tensor, owner: int, settings: Settings) -> Problem:
-    """Log-sum-exp over a block as InfoNCE's operator has it, over everything but the positive.
-
-    No foreign key is a positive, so the block's zero row stands in for one. A margin of a right angle takes its
-    similarity from 0 to −1, below all others: a softmax over block and stand-in then never loses the block's digits.
-    """
-    rows = settings.shares.slices[owner]
-    query_group = key_group = None
-    if settings.query_group is not None and settings.key_group is not None:
-        query_group = settings.query_group
-        nobody = (query_group.max() + 1)[None]
-        key_group = torch.cat([settings.key_group[rows], nobody])
+    """A block's columns. No foreign key is a positive: the block's zero row stands in for one, and nothing is asked of it."""
+    first_key = settings.num_negatives(owner)
+    negatives, keys = held[:first_key], held[first_key:]
+    key_group = _group(settings.key, owner)
+    if settings.query_group is not None and key_group is not None:
+        key_group = torch.cat([key_group, settings.query_group[:1]])  # the positive is no negative, whatever its group
     return Problem(
         query=query,
-        key=held,
+        key=keys,
         scale=scale,
-        target=torch.full((len(query),), len(held) - 1, device=query.device),
-        query_group=query_group,
+        target=torch.full((len(query),), len(keys) - 1, device=query.device),
+        negatives=None if settings.negatives is None else negatives,
+        query_group=settings.query_group,
         key_group=key_group,
-        margin=math.pi / 2,
+        negatives_group=None if settings.negatives is None else _group(settings.negatives, owner),
+        limit=settings.limit,
+        key_hardness=settings.key.hardness,
+        negatives_hardness=0.0 if settings.negatives is None else settings.negatives.hardness,
         precision=settings.precision,
     )
+
+
+def _group(kind: Travelling, owner: int) -> Tensor | None:
+    return None if kind.group is None else kind.group[kind.shares.slices[owner]]
 
 
 def _choose(problem: Problem, settings: Settings) -> str:
     device_type = problem.query.device.type
     return registry.choose(settings.backend, "info_nce", device_type, problem.dtype, problem.features())
-
-
-def _score(problem: Problem, settings: Settings) -> tuple[Tensor, ...]:
-    return torch.ops.hicl_fast.info_nce_rows(*problem.flat(), _choose(problem, settings))
-
-
-def _score_backward(
-    problem: Problem, lse: Tensor, weight: Tensor, needs_grad: tuple[bool, ...], settings: Settings
-) -> tuple[Tensor, ...]:
-    wants_query, wants_block, wants_scale, _ = needs_grad
-    wanted = [wants_query, wants_block, False, False, wants_scale]
-    return torch.ops.hicl_fast.info_nce_rows_backward(
-        *problem.flat(), lse, lse.new_empty(0), weight, wanted, _choose(problem, settings)
-    )

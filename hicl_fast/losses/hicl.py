@@ -12,7 +12,7 @@ from hicl_fast.distributed import Gather, Ranks, agree, attempt, joined_means, r
 from hicl_fast.distributed.gathering import describe_rows
 from hicl_fast.distributed.info_nce import Part, joined_info_nce
 from hicl_fast.losses.hncse import HardNegativeMixing, PositiveMixing
-from hicl_fast.losses.info_nce import FusedInfoNCELoss
+from hicl_fast.losses.info_nce import FusedInfoNCELoss, Given
 from hicl_fast.losses.pooling import Pooling, SegmentPooling
 from hicl_fast.ops.common.autograd import unwrapped
 from hicl_fast.ops.common.constants import SameGroup
@@ -204,7 +204,9 @@ class FusedHiCLLoss(nn.Module):
 
         sequences, own_segments = shares["sequences"], shares["segments"]
         global_loss = self.global_loss.joined(
-            *pooled, None, sequence_group, sequence_group, ranks, {"query": sequences, "key": sequences}
+            Given(*pooled, query_group=sequence_group, key_group=sequence_group),
+            ranks,
+            {"query": sequences, "key": sequences},
         )
         sequence = sequence_of_segments(offsets, len(segments))
         sequence = sequences.first + sequence if sequence_group is None else sequence_group[sequence]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from hicl_fast.losses.queue import NegativeQueue
 from hicl_fast.losses.temperature import MAX_LOGIT_SCALE, Temperature
 from hicl_fast.ops.common.autograd import unwrapped
 from hicl_fast.ops.common.constants import Reduction, SameGroup
-from hicl_fast.ops.info_nce.arguments import OPTIONS, check_options
+from hicl_fast.ops.info_nce.arguments import OPTIONS, check_options, check_own_negatives, columns_of, problem_of
 
 _NOT_SHOWN = ("hard_negative_weight", "precision", "backend")  # of the options, in a loss's representation
 
@@ -40,6 +41,66 @@ def without_missing(means: dict[str, Tensor]) -> dict[str, Tensor]:
     if hardest is None or not hardest.isneginf():
         return dict(means)
     return {name: value for name, value in means.items() if value is not hardest}
+
+
+class Given(NamedTuple):
+    """What a loss is called with."""
+
+    query: Tensor  # (N, D)
+    key: Tensor | HF.Columns  # (M, D)
+    negatives: Tensor | HF.Columns | None = None  # (P, D)
+    target: Tensor | None = None  # (N,) int64
+    query_group: Tensor | None = None  # (N,) or (N, G) int64
+    key_group: Tensor | None = None  # (M,) or (M, G) int64
+
+    @property
+    def columns(self) -> dict[str, HF.Columns]:
+        found = {"key": columns_of("key", self.key, self.key_group)}
+        if self.negatives is not None:
+            found["negatives"] = columns_of("negatives", self.negatives)
+        return found
+
+    def check(self, loss: FusedInfoNCELoss) -> None:
+        """What :func:`hicl_fast.functional.info_nce` would refuse, found out before anything is mixed or exchanged."""
+        mixing = "hard_negative_mixing" if loss.hard_negative_mixing is not None else "positive_mixing"
+        if getattr(loss, mixing) is not None:
+            if self.target is not None:
+                raise ValueError(f"target: expected None with {mixing}, which takes key i for query i's positive")
+            if self.query_group is not None and self.query_group.dim() > 1:
+                raise ValueError(f"query_group: expected one relation, (N,), with {mixing}, which knows of one")
+        options = loss._options(self.negatives)
+        check_own_negatives(options["hard_negative_weight"], self.query, self.negatives)
+        problem_of(
+            self.query,
+            self.key,
+            target=self.target,
+            temperature=1.0,
+            negatives=self.negatives,
+            bank=None,
+            extra_logits=None,
+            limit=None,
+            query_group=self.query_group,
+            key_group=self.key_group,
+            bank_group=None,
+            **options,
+        ).check_values()
+
+    def described(self, loss: FusedInfoNCELoss) -> tuple[dict[str, int], dict[str, object]]:
+        """How many rows there are, and what has to be the same on all ranks."""
+        self.check(loss)
+        columns = self.columns
+        matrices = {"query": self.query, "key": columns["key"].rows}
+        matrices["negatives"] = columns["negatives"].rows if "negatives" in columns else None
+        rows = {name: 0 if matrix is None else len(matrix) for name, matrix in matrices.items()}
+        terms: dict[str, object] = {name: describe_rows(matrix) for name, matrix in matrices.items()}
+        groups = {name: _relations(one.group) for name, one in columns.items()}
+        terms |= {"groups": self.query_group is not None, "relations": groups}
+        terms |= {f"{name} hardness": one.hardness for name, one in columns.items()}
+        return rows, {**terms, **loss.terms()}
+
+
+def _relations(group: Tensor | None) -> int:
+    return 0 if group is None else group.shape[1] if group.dim() == 2 else 1
 
 
 class FusedInfoNCELoss(nn.Module):
@@ -156,9 +217,10 @@ class FusedInfoNCELoss(nn.Module):
     def forward(
         self,
         query: Tensor,
-        key: Tensor,
-        negatives: Tensor | None = None,
+        key: Tensor | HF.Columns,
+        negatives: Tensor | HF.Columns | None = None,
         *,
+        target: Tensor | None = None,
         query_group: Tensor | None = None,
         key_group: Tensor | None = None,
     ) -> Tensor:
@@ -166,10 +228,14 @@ class FusedInfoNCELoss(nn.Module):
 
         Args:
             query: (N, D) one view of the batch.
-            key: (M, D) the other view; key i is query i's positive.
+            key: (M, D) the other view; key i is query i's positive, unless ``target`` says otherwise. Keys and negatives
+                may be :class:`hicl_fast.functional.Columns`, which have groups and hardness beside their rows.
             negatives: (P, D) hard negatives.
-            query_group: (N,) int64 group of each query (a text's number in the data, a label); with ``key_group`` (M,).
-            key_group: (M,) int64 group of each key.
+            target: (N,) int64, the key that is query i's positive: of passages that stand by query, a positive and G − 1
+                hard negatives each, ``torch.arange(N) * G``. Not with mixing, which takes key i for it.
+            query_group: (N,) int64 group of each query (a text's number in the data, a label); with ``key_group`` (M,). Or
+                (N, G) and (M, G), for G relations.
+            key_group: (M,) or (M, G) int64 group of each key.
 
         Returns:
             A scalar, or (N,) with ``reduction="none"``; float32, or float64 where an input is float64.
@@ -178,37 +244,41 @@ class FusedInfoNCELoss(nn.Module):
             TypeError, ValueError: naming the argument, what was expected and what came; with ``gather``, ValueError on
                 every rank, with the words of those that failed.
         """
+        columns = Given(query, key, negatives, target, query_group, key_group)
         if self.gather and (ranks := ranks_of(self.process_group)).size > 1:
-            return self._forward_joined(query, key, negatives, query_group, key_group, ranks)
-        if self.hard_negative_mixing is not None or self.positive_mixing is not None:
-            _check_shares(query, key, negatives, query_group, key_group)  # mixing comes before info_nce's own checks
-        temperature = self.temperature()
-        groups = self._groups(query_group, key_group)
+            return self._forward_joined(columns, ranks)
+        mixes = self.hard_negative_mixing is not None or self.positive_mixing is not None
+        if mixes:
+            columns.check(self)  # mixing comes before info_nce's own checks
+        else:
+            check_own_negatives(self.hard_negative_weight, query, negatives)
+        temperature, keys = self.temperature(), columns_of("key", key, key_group)
+        groups = self._groups(query_group, keys.group)
         if self.positive_mixing is not None:
-            key = self.positive_mixing(query, key, groups)
+            keys = replace(keys, rows=self.positive_mixing(query, keys.rows, groups))
         mixtures = Mixtures()
         if self.hard_negative_mixing is not None:
-            mixtures = self.hard_negative_mixing(query, key, temperature, groups)
+            mixtures = self.hard_negative_mixing(query, keys.rows, temperature, groups)
         result = HF.info_nce_with_statistics(
             query,
-            key,
+            keys,
+            target=target,
             temperature=temperature,
             negatives=negatives,
             extra_logits=mixtures.extra_logits,
             mixing=mixtures.mixing,
             query_group=query_group,
-            key_group=key_group,
             **self._queued(query_group),
             **self._options(negatives),
         )
         if self.queue is not None and self.training:
-            self.queue.push(key, key_group)
+            self.queue.push(keys.rows, keys.group)
         if self.hard_negative_mixing is not None:
             self.hard_negative_mixing.remember(mixtures, result.hard_negatives)
         self._rows = (unwrapped(result.loss), unwrapped(result.positive), unwrapped(result.hardest))
         return result.loss
 
-    def _options(self, negatives: Tensor | None) -> dict[str, Any]:
+    def _options(self, negatives: object | None) -> dict[str, Any]:
         """What :func:`hicl_fast.functional.info_nce` is asked for beside its tensors."""
         options = {name: getattr(self, name) for name in OPTIONS}
         return options if negatives is not None else {**options, "hard_negative_weight": 0.0}
@@ -226,26 +296,10 @@ class FusedInfoNCELoss(nn.Module):
         return Groups(query_group, key_group)
 
     @torch.compiler.disable
-    def _forward_joined(
-        self,
-        query: Tensor,
-        key: Tensor,
-        negatives: Tensor | None,
-        query_group: Tensor | None,
-        key_group: Tensor | None,
-        ranks: Ranks,
-    ) -> Tensor:
-        def describe() -> tuple[dict[str, int], dict[str, object]]:
-            _check_shares(query, key, negatives, query_group, key_group)
-            self._check_own_rows(query, key, negatives)
-            matrices = {"query": query, "key": key, "negatives": negatives}
-            rows = {name: 0 if matrix is None else len(matrix) for name, matrix in matrices.items()}
-            terms: dict[str, object] = {name: describe_rows(matrix) for name, matrix in matrices.items()}
-            return rows, {**terms, "groups": query_group is not None, **self.terms()}
-
-        told, failure = attempt(describe)
+    def _forward_joined(self, columns: Given, ranks: Ranks) -> Tensor:
+        told, failure = attempt(lambda: columns.described(self))
         shares = agree(ranks, *(told or ({}, {})), failure)
-        return self.joined(query, key, negatives, query_group, key_group, ranks, shares)
+        return self.joined(columns, ranks, shares)
 
     def terms(self) -> dict[str, object]:
         """The options that have to be the same on all ranks."""
@@ -261,18 +315,10 @@ class FusedInfoNCELoss(nn.Module):
             "training": self.training,
         }
 
-    def joined(
-        self,
-        query: Tensor,
-        key: Tensor,
-        negatives: Tensor | None,
-        query_group: Tensor | None,
-        key_group: Tensor | None,
-        ranks: Ranks,
-        shares: dict[str, Shares],
-    ) -> Tensor:
+    def joined(self, given: Given, ranks: Ranks, shares: dict[str, Shares]) -> Tensor:
         """The loss over the joined batch once the ranks have agreed on their ``shares`` of query, key and negatives."""
         mixtures = Mixtures()
+        query, query_group = given.query, given.query_group
 
         def mix(keys: Tensor, keys_group: Tensor | None, first: int) -> tuple[Tensor, dict[str, Any]]:
             nonlocal mixtures
@@ -287,16 +333,18 @@ class FusedInfoNCELoss(nn.Module):
             return keys, mixtures._asdict()
 
         mixes = self.hard_negative_mixing is not None or self.positive_mixing is not None
+        parts = {name: Part(one.rows, shares[name], one.group, float(one.hardness)) for name, one in given.columns.items()}
         result = joined_info_nce(
             Part(query, shares["query"], query_group),
-            Part(key, shares["key"], key_group),
-            None if negatives is None else Part(negatives, shares["negatives"]),
+            parts["key"],
+            parts.get("negatives"),
             ranks,
+            target=given.target,
             gather=self.gather,
             mix=mix if mixes else None,
             temperature=self.temperature(),
             **self._queued(query_group),
-            **self._options(negatives),
+            **self._options(given.negatives),
         )
         if self.queue is not None and self.training and result.keys is not None:
             self.queue.push(result.keys, result.key_group)
@@ -329,36 +377,5 @@ class FusedInfoNCELoss(nn.Module):
                 "ranks' keys and not their logits"
             )
 
-    def _check_own_rows(self, query: Tensor, key: Tensor, negatives: Tensor | None) -> None:
-        if self.symmetric and len(query) != len(key):
-            raise ValueError(
-                f"symmetric: expected as many queries as keys, got {len(query)} queries and {len(key)} keys"
-            )
-        if self.hard_negative_weight and negatives is not None and len(negatives) != len(query):
-            raise ValueError(
-                f"hard_negative_weight: expected one negative for each of the {len(query)} queries, "
-                f"got {len(negatives)} negatives"
-            )
-
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in OPTIONS if name not in _NOT_SHOWN)
-
-
-def _check_shares(
-    query: Tensor, key: Tensor, negatives: Tensor | None, query_group: Tensor | None, key_group: Tensor | None
-) -> None:
-    """What :func:`hicl_fast.functional.info_nce` would refuse, found out before anything is exchanged."""
-    check.floating_matrix("query", query, "(N, D)")
-    if query.numel() == 0:
-        raise ValueError(f"query: expected at least one row and one dimension, got {check.describe(query)}")
-    check.rows_like("key", key, "(M, D)", query)
-    if negatives is not None:
-        check.rows_like("negatives", negatives, "(P, D)", query)
-    if len(key) < len(query):
-        raise ValueError(f"key: expected at least {len(query)} rows, one for each query, got {check.describe(key)}")
-    if (query_group is None) != (key_group is None):
-        missing = "query_group" if query_group is None else "key_group"
-        raise ValueError(f"{missing}: expected an int64 tensor, since the other side's groups are given, got None")
-    if query_group is not None and key_group is not None:
-        check.index_vector("query_group", query_group, len(query), "a group for each query", query)
-        check.index_vector("key_group", key_group, len(key), "a group for each key", query)

@@ -68,7 +68,7 @@ OFFSETS = {"offsets": torch.tensor([0, 1, 2]), "lengths": torch.tensor([3, 4])}
                 {"options": {"symmetric": True}, "arguments": {"key": torch.ones(3, 3)}},
                 {"options": {"symmetric": True}},
             ],
-            ["rank 0: ValueError: symmetric: expected as many queries as keys, got 2 queries and 3 keys"],
+            ["rank 0: ValueError: symmetric: expected as many queries as keys and no target, got 2 queries and 3 keys"],
         ),
         (
             [{"options": {"hard_negative_weight": 1.0}, "arguments": {"negatives": torch.ones(3, 3)}}],

@@ -8,7 +8,7 @@ from hicl_fast import _checks as check
 from hicl_fast.ops.common.arguments import check_k, check_pairs
 from hicl_fast.ops.common.constants import Reduction, SameGroup
 from hicl_fast.ops.info_nce import compose
-from hicl_fast.ops.info_nce.arguments import Columns, problem_of
+from hicl_fast.ops.info_nce.arguments import Columns, check_own_negatives, problem_of
 from hicl_fast.ops.info_nce.problem import Mixing, Problem, Result
 
 
@@ -97,6 +97,7 @@ def info_nce(
         TypeError, ValueError: naming the argument, what was expected and what came.
         hicl_fast.BackendError: the backend asked for is not there or does not do this call.
     """
+    check_own_negatives(hard_negative_weight, query, negatives)
     return info_nce_with_statistics(
         query,
         key,

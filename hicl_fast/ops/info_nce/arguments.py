@@ -79,10 +79,10 @@ def problem_of(
         negatives=rows[1],
         bank=None if rows[2] is None else rows[2].detach(),
         extra_logits=extra_logits,
-        query_group=_by_relation(query_group),
-        key_group=_by_relation(keys.group),
-        negatives_group=None if explicit is None else _by_relation(explicit.group),
-        bank_group=None if queue is None else _by_relation(queue.group),
+        query_group=by_relation(query_group),
+        key_group=by_relation(keys.group),
+        negatives_group=None if explicit is None else by_relation(explicit.group),
+        bank_group=None if queue is None else by_relation(queue.group),
         limit=None if limit is None else limit.detach(),
         false_negative_margin=_or_infinity(options["false_negative_margin"]),
         false_negative_ratio=_or_infinity(options["false_negative_ratio"]),
@@ -145,7 +145,19 @@ def _or_infinity(number: float | None) -> float:
     return math.inf if number is None else float(number)
 
 
-def _by_relation(group: Tensor | None) -> Tensor | None:  # (C,) or (C, G) -> (C, G)
+def check_own_negatives(hard_negative_weight: float, query: Tensor, negatives: Tensor | Columns | None) -> None:
+    """That there are as many negatives as queries: of more, the first would be taken without a word for the rows' own."""
+    if hard_negative_weight == 0.0 or negatives is None:
+        return
+    rows = negatives.rows if isinstance(negatives, Columns) else negatives
+    if all(isinstance(x, Tensor) and x.dim() == 2 for x in (query, rows)) and len(rows) != len(query):
+        raise ValueError(
+            f"hard_negative_weight: expected one negative for each of the {query.shape[0]} queries, "
+            f"got {rows.shape[0]} negatives"
+        )
+
+
+def by_relation(group: Tensor | None) -> Tensor | None:  # (C,) or (C, G) -> (C, G)
     return group[:, None] if group is not None and group.dim() == 1 else group
 
 
@@ -179,7 +191,7 @@ def _check_combinations(
     query: Tensor, keys: Columns, explicit: Columns | None, queue: Columns | None, target: Tensor | None, options: Any
 ) -> None:
     if options["hard_negative_weight"] != 0.0:
-        if explicit is None or explicit.rows.shape[0] != query.shape[0]:
+        if explicit is None or explicit.rows.shape[0] < query.shape[0]:
             came = "no negatives" if explicit is None else f"{explicit.rows.shape[0]} negatives"
             raise ValueError(
                 f"hard_negative_weight: expected one negative for each of the {query.shape[0]} queries, got {came}"

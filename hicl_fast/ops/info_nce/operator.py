@@ -105,6 +105,8 @@ def checked(operator: str, flat: Sequence[Any], **others: tuple[Tensor, str]) ->
     n, m = problem.query.shape[0], problem.key.shape[0]
     if problem.target is None and m < n:
         raise ValueError(f"{operator}: key: expected at least {n} rows without a target, got {m}")
+    if problem.hard_negative_weight and (problem.negatives is None or problem.negatives.shape[0] < n):
+        raise ValueError(f"{operator}: negatives: expected at least {n} rows with hard_negative_weight")
     groups = (problem.key_group, problem.negatives_group, problem.bank_group)
     if (problem.query_group is None) != all(group is None for group in groups):
         raise ValueError(f"{operator}: query_group: expected together with groups of columns, got one without the other")

@@ -211,9 +211,7 @@ class Problem:
 
     def shapes(self) -> dict[str, tuple[Tensor | None, str]]:
         """By name each tensor and the shape that it must have."""
-        same = {"M": "N"} if self.symmetric else {}
-        same |= {"P": "N"} if self.hard_negative_weight else {}
-        table = str.maketrans(same)
+        table = str.maketrans({"M": "N"} if self.symmetric else {})
         return {name: (getattr(self, name), shape.translate(table)) for name, shape in _SHAPES.items()}
 
     def features(self) -> tuple[str, ...]:

@@ -212,7 +212,7 @@ def logits_of_rows(
     hardness = key_hardness * similarity.detach().masked_fill(is_target, 0.0)
     add(similarity, key_logits + hardness, key_group, is_target)
     if negatives is not None:
-        own = hard_negative_weight * torch.eye(n, dtype=dtype, device=query.device) if hard_negative_weight else 0.0
+        own = hard_negative_weight * torch.eye(n, len(negatives), dtype=dtype, device=query.device)
         others(negatives, negatives_group, negatives_hardness, own)
     if bank is not None:
         others(bank.detach(), bank_group, bank_hardness)

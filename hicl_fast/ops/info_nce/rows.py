@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from hicl_fast.ops.common.constants import ANGLE_CLAMP
+from hicl_fast.ops.common.numbers import host_number, sum_type
+from hicl_fast.ops.common.unit_rows import UnitRows, row_dot
 from hicl_fast.ops.info_nce.problem import Problem
 
 
@@ -32,6 +34,26 @@ def limits(problem: Problem, positive: Tensor, rows: slice = slice(None)) -> Ten
     if problem.false_negative_ratio == math.inf:
         return found
     return torch.where(positive > 0, torch.minimum(found, positive * problem.false_negative_ratio), found)
+
+
+@torch.no_grad()
+def limits_of(
+    query: Tensor,  # (N, D)
+    key: Tensor,  # (M, D)
+    target: Tensor | None,  # (N,) int64
+    *,
+    false_negative_margin: float | None,
+    false_negative_ratio: float | None,
+) -> Tensor | None:  # (N,)
+    """The limits that the similarities of the positives make."""
+    if false_negative_margin is None and false_negative_ratio is None:
+        return None
+    dtype = sum_type(query, key)
+    positives = key[: len(query)] if target is None else key[target]
+    positive = row_dot(UnitRows.of(query, dtype).rows, UnitRows.of(positives, dtype).rows)
+    margin, ratio = (math.inf if x is None else x for x in (false_negative_margin, false_negative_ratio))
+    scale = host_number(1.0)
+    return limits(Problem(query, key, scale, false_negative_margin=margin, false_negative_ratio=ratio), positive)
 
 
 class RowWeights(NamedTuple):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hicl_fast import _checks as check
 from hicl_fast.ops.common.constants import SameGroup
-from hicl_fast.ops.info_nce.arguments import Columns, problem_of
+from hicl_fast.ops.info_nce.arguments import Columns, check_own_negatives, problem_of
 from hicl_fast.ops.log_sum_exp import operator
 
 
@@ -89,6 +89,7 @@ def log_sum_exp(
         TypeError, ValueError: naming the argument, what was expected and what came.
         hicl_fast.BackendError: the backend asked for is not there or does not do this call.
     """
+    check_own_negatives(hard_negative_weight, query, negatives)
     check.one_of("same_group", same_group, ("exclude", "negative"))
     problem = problem_of(
         query,
