@@ -310,7 +310,7 @@ class Similarities:
             "dim": self.query.x.shape[1],
             "SPECIAL": int(columns.special),
             "GROUPS": int(columns.groups),
-            "RELATIONS": 1 if columns.group is None else columns.group.shape[1],
+            "RELATIONS": max(columns.num_relations, 1),
             "PRECISION": self.precision,
             "DESCRIBED": tile.described,
         }

@@ -65,7 +65,7 @@ SIMILARITY_TILES: dict[tuple[str, str], Tile] = {
 EXP = "exp"
 HEAVY_EXP = "exp with own negatives, or with a product"
 STATISTICS = "statistics"
-POSITIVES = "statistics with several positives"
+RULED = "statistics with several positives, and what NARROW is for with a limit, relations or hardness"
 NARROW = "statistics by column, slopes"
 
 # Where the operands' rows begin at multiples of 16 bytes, so that they can be described to the hardware. On an H100 the
@@ -79,7 +79,7 @@ DESCRIBED_TILES: dict[tuple[str, str, str], Tile] = {
     ("sm_90", "16 bit", NARROW): Tile(128, 128, 64, num_warps=8, num_stages=4, described=True, persistent=True),
     **{
         ("interpreter", "16 bit", use): replace(SIMILARITY_TILES["interpreter", "any"], described=True, persistent=True)
-        for use in (EXP, HEAVY_EXP, STATISTICS, POSITIVES, NARROW)
+        for use in (EXP, HEAVY_EXP, STATISTICS, RULED, NARROW)
     },
 }
 
@@ -93,7 +93,7 @@ def similarity_tile(arch: str, operand: str, use: str, can_describe: bool = Fals
     if can_describe and (tile := DESCRIBED_TILES.get((arch, operand, use))):
         return tile
     tile = _undescribed_tile(arch, operand)
-    return replace(tile, cols=tile.cols // 2) if use in (POSITIVES, NARROW) and tile.cols > 64 else tile
+    return replace(tile, cols=tile.cols // 2) if use in (RULED, NARROW) and tile.cols > 64 else tile
 
 
 def _undescribed_tile(arch: str, operand: str) -> Tile:

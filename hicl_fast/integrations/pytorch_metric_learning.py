@@ -26,7 +26,6 @@ from hicl_fast.integrations.similarity import (
     Similarity,
     as_cosines,
     in_sum_type,
-    log_expm1,
     loss_type,
     pairwise,
     unit,
@@ -324,19 +323,16 @@ class _Problem:
         temperature = in_sum_type(temperature, self.rows, self.references)
         logit = pairwise(self.rows[anchor], self.references[positive], self.similarity) / temperature
         row, row_of_pair = torch.unique(anchor, return_inverse=True)  # rows that have a positive
-        target, lowest = _lowest(logit, row_of_pair, len(row), positive)
+        target = positive[_first_of(row_of_pair, len(row))]  # any positive: all are of the row's group, and left out
         query, key, tau = as_cosines(self.rows[row], self.references, 1.0 / temperature, self.similarity)
-        # Against the least similar positive: what then is too small to be told from 0 is so for the others too.
-        loss = HF.info_nce(
+        negatives = HF.log_sum_exp(
             query,
             key,
             target=target,
             temperature=tau,
             query_group=self.labels[row],
             key_group=self.reference_labels,
-            reduction="none",
-        )
-        negatives = logit[lowest] + log_expm1(loss)  # log-sum-exp of the row's negatives
+        ).negative
         return F.softplus(negatives[row_of_pair] - logit)
 
     def row_losses(self, temperature: float | Tensor) -> Tensor:  # (N,)
@@ -380,14 +376,10 @@ class _Problem:
         return total / self._classes.num_positives[row]
 
 
-def _lowest(logit: Tensor, row: Tensor, num_rows: int, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row's pairs the one with the lowest logit: its positive (R,) and its place among the pairs (R,)."""
-    low = logit.new_full((num_rows,), torch.inf).scatter_reduce(0, row, logit, "amin").detach()
-    pair = torch.arange(len(logit), device=logit.device)
-    is_lowest = logit.detach() <= low[row]
-    place = pair.new_full((num_rows,), len(logit)).scatter_reduce(0, row[is_lowest], pair[is_lowest], "amin")
-    place = place.clamp_max(len(logit) - 1)  # NaN is nowhere the lowest
-    return positive[place], place
+def _first_of(row: Tensor, num_rows: int) -> Tensor:  # (P,) int64 -> (num_rows,) int64
+    """The place of each row's first pair."""
+    place = torch.arange(len(row), device=row.device)
+    return place.new_full((num_rows,), len(row)).scatter_reduce(0, row, place, "amin")
 
 
 def _log_sum_exp(logit: Tensor, row: Tensor, num_rows: int) -> Tensor:  # (Q,), (Q,) int64 -> (num_rows,)

@@ -108,16 +108,6 @@ def unit(x: Tensor) -> Tensor:  # (N, D) -> (N, D)
     return F.normalize(shortened(x)[0], dim=-1)
 
 
-def log_expm1(x: Tensor) -> Tensor:
-    """``log(eˣ − 1)`` of x ≥ 0; −inf, with gradient 0, where x is 0.
-
-    Of a row's loss log(1 + Σ e^(ℓ_j − ℓ_positive)) it is the log-sum-exp of its negatives less its positive's logit.
-    """
-    some = x != 0  # NaN stays NaN
-    x = torch.where(some, x, 1.0)
-    return torch.where(some, x + torch.log(-torch.expm1(-x)), -torch.inf)
-
-
 def loss_type(
     similarity: Callable[[Tensor, Tensor], Tensor], reduce: Callable[[Tensor], Tensor], *embeddings: Tensor
 ) -> torch.dtype:

@@ -20,7 +20,7 @@ from hicl_fast.kernels.tiles import (  # noqa: E402
     EXP,
     HEAVY_EXP,
     NARROW,
-    POSITIVES,
+    RULED,
     STATISTICS,
     RowTile,
     Tile,
@@ -79,19 +79,19 @@ FEATURES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "statistics, relations": (
         info_nce.statistics_kernel,
         {**RULES, "LIMITED": False, "SPECIAL": 1, "GROUPS": 1, "HAS_COLUMNS": False},
-        STATISTICS,
+        HEAVY_EXP,
     ),
     "statistics, rules": (info_nce.statistics_kernel, {**RULES, "SPECIAL": 1, "GROUPS": 1, "HAS_COLUMNS": False}, HEAVY_EXP),
     "statistics, limit, positives": (
         info_nce.statistics_kernel,
         {"LIMITED": True, "SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": False},
-        NARROW,
+        RULED,
     ),
     "statistics, symmetric": (info_nce.statistics_kernel, {"SPECIAL": 1, "GROUPS": 1, "HAS_COLUMNS": True}, NARROW),
     "statistics, positives": (
         info_nce.statistics_kernel,
         {"SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": False},
-        POSITIVES,
+        RULED,
     ),
     "gradients, symmetric": (
         info_nce.similarity_gradient_kernel,
@@ -106,12 +106,17 @@ FEATURES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "gradients, limit, positives": (
         info_nce.similarity_gradient_kernel,
         {"LIMITED": True, "SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": False, "WANTS_DOT": True},
-        NARROW,
+        RULED,
     ),
     "gradients, relations": (
         info_nce.similarity_gradient_kernel,
         {**RULES, "LIMITED": False, "SPECIAL": 1, "GROUPS": 1, "HAS_COLUMNS": True, "WANTS_DOT": True},
-        NARROW,
+        RULED,
+    ),
+    "statistics, both ways, relations": (
+        info_nce.statistics_kernel,
+        {**RULES, "LIMITED": False, "SPECIAL": 1, "GROUPS": 1, "HAS_COLUMNS": True},
+        RULED,
     ),
 }
 # Operand in the tile table -> its Triton type and how it is multiplied.
@@ -124,7 +129,7 @@ CONFIGURATIONS = [
 @pytest.fixture(scope="module")
 def table() -> Iterator[list[str]]:
     """Lines of the table, printed at the end."""
-    kernel = f"{'architecture':<14}{'operand':<9}{'kernel':<26}"
+    kernel = f"{'architecture':<14}{'operand':<9}{'kernel':<34}"
     lines = [kernel + f"{'registers':>9}{'spills':>8}{'shared':>9}{'matrix ops':>12}"]
     yield lines
     print("\n" + "\n".join(lines))
@@ -139,7 +144,7 @@ def _types(names: list[str], operand: str) -> dict[str, str]:
 
 def _check(arch: str, operand: str, name: str, needs: Resources, table: list[str]) -> None:
     table.append(
-        f"{arch:<14}{operand:<9}{name:<26}{needs.registers:>9}{needs.spills:>8}{needs.shared:>9}"
+        f"{arch:<14}{operand:<9}{name:<34}{needs.registers:>9}{needs.spills:>8}{needs.shared:>9}"
         f"{needs.matrix_instructions:>12}"
     )
     assert needs.spills == 0

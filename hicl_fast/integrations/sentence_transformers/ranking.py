@@ -29,8 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hicl_fast import functional as HF
-from hicl_fast.integrations.similarity import Similarity, as_cosines, log_expm1, pairwise
-from hicl_fast.ops.common.numbers import sum_type
+from hicl_fast.integrations.similarity import Similarity, as_cosines, pairwise
 
 _NOBODY = -1  # the group of keys that are nobody's own
 
@@ -140,13 +139,9 @@ def _from_query_hardened(batch: Batch, rules: Rules) -> Tensor:  # (B,)
     query, positive = batch.queries[batch.own], batch.documents[0][batch.own]
     similarity = pairwise(query, positive, rules.similarity)  # (B,)
     scale, share = rules.hardened_scale()
-    groups = batch.groups(own=True).repeat(len(batch.documents))
-    index = batch.index()
-    loss = _row_losses(query, batch.documents, scale, rules.similarity, index, index, groups, None, "none")
-    in_batch = scale * similarity + log_expm1(loss)  # (B,) log-sum-exp of the other rows' documents
-    terms = [_scale_gradient(in_batch, share)]
+    terms = [_scale_gradient(_log_sum(query, batch.documents, batch, scale, rules.similarity), share)]
     if "query_to_query" in rules.directions:
-        terms.append(_log_sum(query, [batch.queries], rules, index, batch.groups(own=True)))
+        terms.append(_log_sum(query, [batch.queries], batch, rules.scale, rules.similarity))
     logits = torch.cat([torch.stack(terms, dim=1), _own_negative_logits(batch, rules)], dim=1)
     some = (logits != -torch.inf).any(dim=1)  # or there is nothing but the positive, which stays out of the sum
     log_sum = torch.logsumexp(torch.where(some[:, None], logits, 0.0), dim=1)
@@ -158,7 +153,7 @@ def _from_document(batch: Batch, rules: Rules, reduction: Literal["mean", "none"
     positive, index = batch.documents[0][batch.own], batch.index()
     own_documents = [batch.groups(own=True)] * len(batch.documents)
     if "doc_to_query" not in rules.directions:
-        log_z = _log_sum(positive, batch.documents, rules, index, torch.cat(own_documents))
+        log_z = _log_sum(positive, batch.documents, batch, rules.scale, rules.similarity)
         rows = log_z - rules.scale * pairwise(batch.queries[batch.own], positive, rules.similarity)
         return rows.mean() if reduction == "mean" else rows
     keys, groups = [batch.queries], None
@@ -209,21 +204,18 @@ def _row_losses(
 
 def _log_sum(
     query: Tensor,  # (B, D)
-    keys: Sequence[Tensor],  # (W, D) each, M rows in all
-    rules: Rules,
-    query_group: Tensor,  # (B,) int64, numbers of rows
-    key_group: Tensor,  # (M,) int64
+    keys: Sequence[Tensor],  # (W, D) each
+    batch: Batch,
+    scale: float | Tensor,
+    similarity: Similarity,
 ) -> Tensor:  # (B,)
-    """Log-sum-exp of the logits of keys of other groups; −inf where there are none.
-
-    Another row's key stands in for the positive: what is added to its logit is the loss.
-    """
-    num_rows = len(keys[0])
-    if num_rows == 1:
-        return query.new_full((len(query),), -torch.inf, dtype=sum_type(query))
-    target = (query_group + 1) % num_rows
-    loss = _row_losses(query, keys, rules.scale, rules.similarity, target, query_group, key_group, None, "none")
-    return loss + rules.scale * pairwise(query, keys[0][target], rules.similarity)
+    """Log-sum-exp of the logits of other rows' keys; −inf where there are none."""
+    groups = batch.groups(own=True).repeat(len(keys))
+    query, key, temperature = as_cosines(query, torch.cat(list(keys)), scale, similarity)
+    index = batch.index()
+    return HF.log_sum_exp(
+        query, key, target=index, temperature=temperature, query_group=index, key_group=groups
+    ).negative
 
 
 def _scale_gradient(x: Tensor, factor: float | Tensor) -> Tensor:

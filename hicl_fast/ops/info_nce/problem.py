@@ -107,6 +107,10 @@ class KindOfColumn:
         return self.vectors.shape[0]
 
     @property
+    def num_relations(self) -> int:
+        return 0 if self.group is None else self.group.shape[1]
+
+    @property
     def added(self) -> tuple[float, float]:
         """The least and the most that the rules add to a logit."""
         return min(self.bias, 0.0) - self.hardness, max(self.bias, 0.0) + self.hardness

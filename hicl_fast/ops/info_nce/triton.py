@@ -21,7 +21,7 @@ from torch import Tensor
 from hicl_fast.kernels import info_nce as kernels
 from hicl_fast.kernels.cosine_tile import Similarities, tile_for
 from hicl_fast.kernels.info_nce import RowResults
-from hicl_fast.kernels.tiles import EXP, HEAVY_EXP, NARROW, POSITIVES, STATISTICS, Tile
+from hicl_fast.kernels.tiles import EXP, HEAVY_EXP, NARROW, RULED, STATISTICS, Tile
 from hicl_fast.ops.common.constants import Groups, Special
 from hicl_fast.ops.common.triton import on_device
 from hicl_fast.ops.info_nce.problem import Gradients, Problem, RowStatistics, Wanted
@@ -98,8 +98,8 @@ class _Sweeps:
         self.operands, self.wanted = operands, operands.wanted
         self.problem, self.scale = operands.problem, operands.scale
         has_own = any(kind.rules.special == Special.OWN_NEGATIVE for kind in operands.kinds)
-        self.exp = self._tiling(HEAVY_EXP if has_own or operands.limit is not None or self.wanted.scale else EXP)
-        self.narrow = self._tiling(NARROW)
+        self.exp = self._tiling(HEAVY_EXP if has_own or self.wanted.scale or operands.has_rules else EXP)
+        self.narrow = self._tiling(RULED if operands.has_rules else NARROW)
         self.sums = self._tiling_of_sums()
         self.widths = [-(-kind.count // _ALIGNMENT) * _ALIGNMENT for kind in operands.kinds]
         extra = self.problem.extra_logits
@@ -108,12 +108,12 @@ class _Sweeps:
         self.extra_logits = None if extra is None else extra.masked_fill(extra == torch.inf, torch.nan)
 
     def _tiling_of_sums(self) -> _Tiling:
-        operands = self.operands
-        if operands.limit is not None:  # that of the gradients, so that both sweeps round alike and leave out the same
-            return self.narrow if operands.has_several_positives else self.exp
+        """With a limit that of the gradients, so that both sweeps round alike and leave out the same columns."""
         if self.problem.symmetric:
             return self.narrow
-        return self._tiling(POSITIVES if operands.has_several_positives else STATISTICS)
+        if self.operands.has_several_positives:
+            return self._tiling(RULED)
+        return self.exp if self.operands.has_rules else self._tiling(STATISTICS)
 
     def _tiling(self, use: str) -> _Tiling:
         operands = self.operands

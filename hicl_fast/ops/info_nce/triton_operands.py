@@ -69,6 +69,12 @@ class Operands:
         return self.with_margin * self.scale
 
     @property
+    def has_rules(self) -> bool:
+        """Whether what a tile's end looks at takes registers beyond those of one group for each column."""
+        of_kinds = any(kind.rules.hardness or kind.rules.num_relations > 1 for kind in self.kinds)
+        return of_kinds or self.limit is not None
+
+    @property
     def has_several_positives(self) -> bool:
         return any(kind.rules.groups == Groups.POSITIVES for kind in self.kinds)
 
