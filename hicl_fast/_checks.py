@@ -79,6 +79,15 @@ def floating_matrix(name: str, value: Tensor, shape: str, *, like: Tensor | None
         same_device(name, value, like)
 
 
+def floating_rows(name: str, value: Tensor, shape: str, query: Tensor) -> None:
+    """A floating-point tensor (N, K, D) for queries (N, D)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape {shape}, got {describe(value)}")
+    if value.dim() != 3 or value.shape[0] != query.shape[0] or value.shape[2] != query.shape[1]:
+        raise ValueError(f"{name}: expected shape {shape}, some rows for each query, got {describe(value)}")
+    floating_matrix(name, value[0], shape, like=query)
+
+
 def row_length(name: str, value: Tensor, expected: int) -> None:
     if value.shape[1] != expected:
         raise ValueError(f"{name}: expected rows of length {expected}, as query has, got {describe(value)}")

@@ -2,7 +2,7 @@
 
 from hicl_fast.ops.hard_negatives.api import hard_negatives
 from hicl_fast.ops.info_nce.api import info_nce, info_nce_with_statistics
-from hicl_fast.ops.info_nce.arguments import Columns
+from hicl_fast.ops.info_nce.arguments import Columns, OwnNegatives
 from hicl_fast.ops.info_nce.problem import Mixing
 from hicl_fast.ops.log_sum_exp.api import RowLogits, log_sum_exp
 from hicl_fast.ops.mixed_negatives.api import mixed_negative_logits
@@ -16,6 +16,7 @@ from hicl_fast.pairs import random_pairs
 __all__ = [
     "Columns",
     "Mixing",
+    "OwnNegatives",
     "RowLogits",
     "hard_negatives",
     "info_nce",

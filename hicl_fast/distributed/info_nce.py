@@ -17,7 +17,7 @@ from hicl_fast.distributed.ranks import Gather, Ranks
 from hicl_fast.distributed.ring import Settings, Travelling, foreign_log_sum_exp
 from hicl_fast.ops.common.constants import Reduction, SameGroup
 from hicl_fast.ops.common.numbers import scale_of
-from hicl_fast.ops.info_nce.arguments import by_relation
+from hicl_fast.ops.info_nce.arguments import by_relation, problem_of
 from hicl_fast.ops.info_nce.rows import limits_of
 
 # From the keys of all ranks, their groups and the place of the first own one among them: the keys to score, and further
@@ -190,7 +190,7 @@ def _with_ring(
         ranks=ranks,
         **travelling,  # type: ignore[arg-type]
         query_group=by_relation(query.group) if has_groups else None,
-        limit=limits_of(query.rows, key.rows, target, **limits),
+        limit=limits_of(problem_of(query.rows, key.rows, target=target, **limits)),
         precision=precision or "default",
         backend=backend,
     )

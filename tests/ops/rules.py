@@ -16,8 +16,8 @@ import hicl_fast.functional as HF
 from hicl_fast import reference
 
 Case = dict[str, Any]
-N, M, D, P, B, E = 13, 17, 11, 13, 7, 3
-DIFFERENTIABLE = ("query", "key", "negatives", "extra_logits", "temperature")
+N, M, D, P, B, E, H = 13, 17, 11, 13, 7, 3, 29
+DIFFERENTIABLE = ("query", "key", "negatives", "own_negatives", "extra_logits", "temperature")
 NEAR = 1e-4  # cosines that are nearer to a limit may fall either way
 
 
@@ -28,10 +28,17 @@ def _randn(generator: torch.Generator, *shape: int) -> Tensor:
 def _ids(generator: torch.Generator, case: Case, relations: int) -> None:
     """Groups of queries and of every kind of column that is there."""
     names = {"query_group": "query", "key_group": "key", "negatives_group": "negatives", "bank_group": "bank"}
+    names["own_group"] = "own_negatives"
     for name, of in names.items():
         if of in case:
             shape = (len(case[of]), relations) if relations > 1 else (len(case[of]),)
             case[name] = torch.randint(0, 5 * relations, shape, generator=generator)
+
+
+def _own(case: Case, g: torch.Generator) -> None:
+    """Some queries have none, one has many."""
+    offsets = torch.cat([torch.tensor([0, 0]), torch.randint(0, H, (N - 2,), generator=g).sort().values, torch.tensor([H])])
+    case |= {"own_negatives": _randn(g, H, D), "own_offsets": offsets}
 
 
 # Each changes a case that has keys, explicit negatives, a bank and extra logits.
@@ -44,6 +51,9 @@ RULES: dict[str, Callable[[Case, torch.Generator], Any]] = {
     "hard keys": lambda case, g: case.update(key_hardness=4.0),
     "hard negatives": lambda case, g: case.update(negatives_hardness=5.0),
     "hard bank": lambda case, g: case.update(bank_hardness=3.0),
+    "own negatives": _own,
+    "hard own negatives": lambda case, g: (_own(case, g), case.update(own_hardness=5.0)),
+    "no batch": lambda case, g: case.update(in_batch=False),
     "own negatives' weight": lambda case, g: case.update(hard_negative_weight=0.7),
     "target": lambda case, g: case.update(target=torch.randint(0, M, (N,), generator=g)),
     "angular margin": lambda case, g: case.update(margin=0.1),
@@ -60,6 +70,10 @@ TOGETHER = (
     {"positives", "hard negatives", "groups"},
     {"positives", "hard bank", "groups"},
     {"positives", "own negatives' weight", "groups"},
+    {"positives", "no batch", "groups"},
+    {"positives", "own negatives", "groups"},
+    {"positives", "hard own negatives", "groups"},
+    {"own negatives", "hard own negatives"},
     {"groups", "relations"},
 )
 PAIRS = [
@@ -77,7 +91,7 @@ def draw(rules: Iterable[str], seed: int = 0, *, spread: float = 1.0) -> Case:
         case["key"][:N] += case["query"]
         case |= {"negatives": _randn(generator, P, D), "bank": _randn(generator, B, D)}
         case |= {"extra_logits": 3 * _randn(generator, N, E), "temperature": torch.tensor(0.07, dtype=torch.float64)}
-        for name in sorted(wanted, key=lambda name: name != "symmetric"):  # first, as it is about how many keys there are
+        for name in sorted(wanted, key=lambda name: (name in ("groups", "relations"), name)):  # groups of all that is there
             RULES[name](case, generator)
         if _keeps_off_limits(case):
             return case
@@ -85,8 +99,11 @@ def draw(rules: Iterable[str], seed: int = 0, *, spread: float = 1.0) -> Case:
 
 
 def _keeps_off_limits(case: Case) -> bool:
+    if case.get("symmetric") and not _keeps_off_limits(case | {"symmetric": False, "query": case["key"], "key": case["query"]}):
+        return False
     query = reference.normalise(case["query"])
-    cosines = query @ reference.normalise(torch.cat([case[name] for name in ("key", "negatives", "bank")])).T
+    columns = [case[name] for name in ("key", "negatives", "bank", "own_negatives") if name in case]
+    cosines = query @ reference.normalise(torch.cat(columns)).T
     positive = cosines.gather(1, case.get("target", torch.arange(N))[:, None])
     limits = [positive + case.get("false_negative_margin", 9), positive * case.get("false_negative_ratio", 9)]
     if "limit" in case:
@@ -101,6 +118,10 @@ def fused(operator: Callable[..., Any], case: Case, **options: Any) -> Any:
         rules = {"group": arguments.pop(f"{name}_group", None), "hardness": arguments.pop(f"{name}_hardness", 0.0)}
         if name in arguments:
             arguments[name] = HF.Columns(arguments[name], **rules)
+    if "own_negatives" in arguments:
+        names = {"own_offsets": "offsets", "own_group": "group", "own_hardness": "hardness"}
+        rules = {new: arguments.pop(name) for name, new in names.items() if name in arguments}
+        arguments["own_negatives"] = HF.OwnNegatives(arguments["own_negatives"], **rules)
     return operator(**arguments, **options)
 
 
@@ -113,7 +134,7 @@ def typed(case: Case, dtype: torch.dtype) -> Case:
 
 def evaluate(operator: Callable[[Case], Any], case: Case, upstream: float = 1.0) -> dict[str, Tensor]:
     """What it gives, and the gradient of every input, with upstream gradients that differ from number to number."""
-    leaves = {name: case[name].detach().clone().requires_grad_() for name in DIFFERENTIABLE}
+    leaves = {name: case[name].detach().clone().requires_grad_() for name in DIFFERENTIABLE if name in case}
     outputs = operator(case | leaves)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs[:2]
     total = sum(
@@ -126,8 +147,10 @@ def evaluate(operator: Callable[[Case], Any], case: Case, upstream: float = 1.0)
 
 
 def _one_rounding_off(case: Case, eps: float) -> Case:
-    sign = {x: torch.randint(0, 2, case[x].shape, generator=torch.Generator().manual_seed(3)) * 2 - 1 for x in DIFFERENTIABLE}
-    return case | {name: case[name] * (1 + sign[name] * eps) for name in DIFFERENTIABLE}
+    def nudged(x: Tensor) -> Tensor:
+        return x * (1 + (torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(3)) * 2 - 1) * eps)
+
+    return case | {name: nudged(case[name]) for name in DIFFERENTIABLE if name in case}
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

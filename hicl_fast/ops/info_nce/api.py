@@ -8,7 +8,14 @@ from hicl_fast import _checks as check
 from hicl_fast.ops.common.arguments import check_k, check_pairs
 from hicl_fast.ops.common.constants import Reduction, SameGroup
 from hicl_fast.ops.info_nce import compose
-from hicl_fast.ops.info_nce.arguments import Columns, check_own_negatives, problem_of
+from hicl_fast.ops.info_nce.arguments import (
+    Columns,
+    OwnNegatives,
+    check_in_batch,
+    check_own_negatives,
+    own_of,
+    problem_of,
+)
 from hicl_fast.ops.info_nce.problem import Mixing, Problem, Result
 
 
@@ -20,12 +27,14 @@ def info_nce(
     temperature: float | Tensor = 0.05,
     negatives: Tensor | Columns | None = None,  # (P, D)
     hard_negative_weight: float = 0.0,
+    own_negatives: Tensor | OwnNegatives | None = None,  # (N, K, D)
     bank: Tensor | Columns | None = None,  # (B, D)
     extra_logits: Tensor | None = None,  # (N, E)
     mixing: Mixing | None = None,
     limit: Tensor | None = None,  # (N,)
     false_negative_margin: float | None = None,
     false_negative_ratio: float | None = None,
+    in_batch: bool = True,
     query_group: Tensor | None = None,  # (N,) or (N, G) int64
     key_group: Tensor | None = None,  # (M,) or (M, G) int64
     bank_group: Tensor | None = None,  # (B,) or (B, G) int64
@@ -57,6 +66,8 @@ def info_nce(
         temperature: τ > 0, a float or a 0-d tensor; a tensor gets its exact gradient.
         negatives: (P, D) explicit hard negatives, shared by all rows; get gradients.
         hard_negative_weight: added to the logit of row i's own negative ``negatives[i]`` (needs P = N).
+        own_negatives: (N, K, D) K negatives for each query alone, or :class:`OwnNegatives`: as many for each as it has.
+            They get gradients; limits hold for them. 6·H·D operations for H of them, and no more memory than their own.
         bank: (B, D) rows of earlier batches; negatives without gradient.
         extra_logits: (N, E) further columns per row that are logits already (similarity divided by τ); get gradients.
         mixing: ``Mixing(k, pairs, alpha)``: mixtures of each row's k hardest keys as further columns, as
@@ -69,6 +80,9 @@ def info_nce(
             Of several limits the lowest holds.
         false_negative_ratio: ρ > 0: a limit of ρ times the positive's similarity, where that is above 0 (NV-Retriever,
             arXiv 2407.15831: 0.95).
+        in_batch: ``False``: the keys are positives alone, not the other queries' negatives, and nothing of the size N×M is
+            computed: own negatives, negatives, bank and extra logits are what a positive is told from (NV-Embed's second
+            stage, arXiv 2405.17428).
         query_group: (N,) int64 group of each query, or (N, G): one for each of G relations, as the query's text and the
             document's text; given together with groups of columns. A column is of the row's own group where one of the G is
             the same.
@@ -104,6 +118,7 @@ def info_nce(
         target=target,
         temperature=temperature,
         negatives=negatives,
+        own_negatives=own_negatives,
         hard_negative_weight=hard_negative_weight,
         bank=bank,
         extra_logits=extra_logits,
@@ -111,6 +126,7 @@ def info_nce(
         limit=limit,
         false_negative_margin=false_negative_margin,
         false_negative_ratio=false_negative_ratio,
+        in_batch=in_batch,
         query_group=query_group,
         key_group=key_group,
         bank_group=bank_group,
@@ -131,12 +147,14 @@ def info_nce_with_statistics(
     temperature: float | Tensor = 0.05,
     negatives: Tensor | Columns | None = None,
     hard_negative_weight: float = 0.0,
+    own_negatives: Tensor | OwnNegatives | None = None,
     bank: Tensor | Columns | None = None,
     extra_logits: Tensor | None = None,
     mixing: Mixing | None = None,
     limit: Tensor | None = None,
     false_negative_margin: float | None = None,
     false_negative_ratio: float | None = None,
+    in_batch: bool = True,
     query_group: Tensor | None = None,
     key_group: Tensor | None = None,
     bank_group: Tensor | None = None,
@@ -159,6 +177,7 @@ def info_nce_with_statistics(
         target=target,
         temperature=temperature,
         negatives=negatives,
+        own_negatives=own_negatives,
         bank=bank,
         extra_logits=extra_logits,
         limit=limit,
@@ -168,6 +187,7 @@ def info_nce_with_statistics(
         hard_negative_weight=hard_negative_weight,
         false_negative_margin=false_negative_margin,
         false_negative_ratio=false_negative_ratio,
+        in_batch=in_batch,
         same_group=same_group,
         margin=margin,
         symmetric=symmetric,
@@ -176,15 +196,20 @@ def info_nce_with_statistics(
         backend=backend,
     )
     if mixing is not None:
-        _check_mixing(mixing, problem)
-    return compose.apply(problem, reduction, backend, mixing)
+        _check_mixing(mixing, problem, in_batch)
+    own = own_of(problem, own_negatives)
+    if not in_batch:
+        check_in_batch(problem, own)
+    return compose.apply(problem, reduction, backend, mixing, own, in_batch=in_batch)
 
 
-def _check_mixing(mixing: Mixing, problem: Problem) -> None:
+def _check_mixing(mixing: Mixing, problem: Problem, in_batch: bool) -> None:
     if not isinstance(mixing, Mixing):
         raise TypeError(f"mixing: expected a Mixing or None, got {check.describe(mixing)}")
     if problem.symmetric:
         raise ValueError("mixing: expected None with symmetric=True, since a mixture has one direction")
+    if not in_batch:
+        raise ValueError("mixing: expected None with in_batch=False, since what it mixes are the batch's keys")
     if problem.has_limit:
         raise ValueError("mixing: expected None with a limit, above which its hardest keys would be")
     if problem.query_group is not None and problem.query_group.shape[1] > 1:

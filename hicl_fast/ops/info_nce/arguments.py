@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hicl_fast import _checks as check
@@ -14,6 +15,7 @@ from hicl_fast.ops.backends import registry
 from hicl_fast.ops.common.arguments import check_matrices, check_rows
 from hicl_fast.ops.common.numbers import scale_of
 from hicl_fast.ops.info_nce.problem import Problem
+from hicl_fast.ops.own_negatives.problem import Own
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,23 @@ class Columns:
     hardness: float = field(default=0.0, kw_only=True)
 
 
+@dataclass(frozen=True, eq=False)
+class OwnNegatives:
+    """Negatives that one query each is compared with, as many for each as there are: no padding, no N×H matrix.
+
+    Args:
+        rows: (H, D) floating point; get gradients.
+        offsets: (N + 1,) int64, rising from 0 to H: query i has ``rows[offsets[i] : offsets[i + 1]]``, which may be none.
+        group: (H,) int64 group of each row, or (H, G). Given with ``query_group``; one of the query's own group is left out.
+        hardness: as in :class:`Columns` (EmbeddingGemma, arXiv 2509.20354: 5).
+    """
+
+    rows: Tensor
+    offsets: Tensor
+    group: Tensor | None = field(default=None, kw_only=True)
+    hardness: float = field(default=0.0, kw_only=True)
+
+
 def columns_of(name: str, given: Tensor | Columns, group: Tensor | None = None) -> Columns:
     """An argument as Columns, with the group that came as an argument of its own."""
     if not isinstance(given, Columns):
@@ -46,18 +65,21 @@ def problem_of(
     query: Tensor,
     key: Tensor | Columns,
     *,
-    target: Tensor | None,
-    temperature: float | Tensor,
-    negatives: Tensor | Columns | None,
-    bank: Tensor | Columns | None,
-    extra_logits: Tensor | None,
-    limit: Tensor | None,
-    query_group: Tensor | None,
-    key_group: Tensor | None,
-    bank_group: Tensor | None,
-    **options: Any,
+    target: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    negatives: Tensor | Columns | None = None,
+    own_negatives: Tensor | OwnNegatives | None = None,
+    bank: Tensor | Columns | None = None,
+    extra_logits: Tensor | None = None,
+    limit: Tensor | None = None,
+    query_group: Tensor | None = None,
+    key_group: Tensor | None = None,
+    bank_group: Tensor | None = None,
+    **given: Any,
 ) -> Problem:
-    """All arguments checked; ``options`` are those of :func:`check_options`."""
+    """All arguments checked but the own negatives, for which see :func:`own_of`; what is ``given`` beside them are
+    options of :func:`check_options`."""
+    options = DEFAULTS | given
     keys = columns_of("key", key, key_group)
     explicit = None if negatives is None else columns_of("negatives", negatives)
     queue = None if bank is None else columns_of("bank", bank, bank_group)
@@ -69,7 +91,9 @@ def problem_of(
         check.floating_vector("limit", limit, query.shape[0], "a number for each query", query)
     if bank_group is not None and bank is None:
         raise ValueError(f"bank_group: expected None without a bank, got {check.describe(bank_group)}")
-    _check_groups(query, query_group, {"key": keys, "negatives": explicit, "bank": queue}, options["same_group"])
+    own = own_negatives if isinstance(own_negatives, OwnNegatives) else None
+    kinds = {"key": keys, "negatives": explicit, "bank": queue, "own_negatives": own}
+    _check_groups(query, query_group, kinds, options["same_group"])
     _check_combinations(query, keys, explicit, queue, target, options)
     return Problem(
         query=query,
@@ -97,6 +121,34 @@ def problem_of(
     )
 
 
+def own_of(problem: Problem, given: Tensor | OwnNegatives | None) -> Own | None:
+    """The own negatives, checked, without the rules that hold for all columns of a problem."""
+    if given is None:
+        return None
+    query, n = problem.query, problem.query.shape[0]
+    if isinstance(given, OwnNegatives):
+        check.rows_like("own_negatives", given.rows, "(H, D)", query)
+        check.index_vector("own_negatives.offsets", given.offsets, n + 1, "one more than queries", query)
+        check.non_negative_number("own_negatives.hardness", given.hardness)
+        rows, offsets, group, hardness = given.rows, given.offsets, by_relation(given.group), float(given.hardness)
+    else:
+        check.floating_rows("own_negatives", given, f"({n}, K, {query.shape[1]})", query)
+        rows, group, hardness = given.reshape(-1, query.shape[1]), None, 0.0
+        offsets = torch.arange(n + 1, device=query.device) * given.shape[1]
+    if group is not None and problem.same_group == "positive":
+        raise ValueError("own_negatives.group: expected None with same_group='positive', which own negatives haven't")
+    group = group if problem.same_group == "exclude" else None
+    return Own(query, rows, offsets, problem.scale, group=group, hardness=hardness)
+
+
+def check_in_batch(problem: Problem, own: Own | None) -> None:
+    """That without the other queries' keys there is something to tell a positive from."""
+    if all(x is None for x in (own, problem.negatives, problem.bank, problem.extra_logits)):
+        raise ValueError("in_batch: expected True without own negatives, negatives, bank or extra logits")
+    if problem.same_group == "positive" and problem.query_group is not None:
+        raise ValueError("in_batch: expected True with same_group='positive', whose positives are other keys")
+
+
 def check_options(
     *,
     margin: float,
@@ -106,6 +158,7 @@ def check_options(
     hard_negative_weight: float,
     false_negative_margin: float | None,
     false_negative_ratio: float | None,
+    in_batch: bool,
     precision: str | None,
     backend: str,
 ) -> dict[str, Any]:
@@ -116,6 +169,7 @@ def check_options(
     check.flag("symmetric", symmetric)
     check.one_of("reduction", reduction, ("mean", "sum", "none"))
     check_limits(false_negative_margin, false_negative_ratio)
+    check.flag("in_batch", in_batch)
     check.one_of("precision", precision, (None, "float32", "bf16"))
     registry.check_name(backend)
     return {
@@ -126,11 +180,24 @@ def check_options(
         "hard_negative_weight": hard_negative_weight,
         "false_negative_margin": false_negative_margin,
         "false_negative_ratio": false_negative_ratio,
+        "in_batch": in_batch,
         "precision": precision,
         "backend": backend,
     }
 
 
+DEFAULTS = {
+    "margin": 0.0,
+    "symmetric": False,
+    "same_group": "exclude",
+    "reduction": "mean",
+    "hard_negative_weight": 0.0,
+    "false_negative_margin": None,
+    "false_negative_ratio": None,
+    "in_batch": True,
+    "precision": None,
+    "backend": "auto",
+}
 OPTIONS = tuple(inspect.signature(check_options).parameters)
 
 
@@ -162,7 +229,7 @@ def by_relation(group: Tensor | None) -> Tensor | None:  # (C,) or (C, G) -> (C,
 
 
 def _check_groups(
-    query: Tensor, query_group: Tensor | None, kinds: dict[str, Columns | None], same_group: str
+    query: Tensor, query_group: Tensor | None, kinds: dict[str, Columns | OwnNegatives | None], same_group: str
 ) -> None:
     """Each with an id for each row, all of one number of relations."""
     of_columns = {name: one for name, one in kinds.items() if one is not None and one.group is not None}

@@ -13,10 +13,28 @@ from hicl_fast.ops.hard_negatives import operator as hard_negatives
 from hicl_fast.ops.info_nce import by_reference
 from hicl_fast.ops.info_nce.operator import InfoNCEMean, InfoNCERows, sweep
 from hicl_fast.ops.info_nce.problem import NOTHING, Mixing, Problem, Result, Wanted
+from hicl_fast.ops.log_sum_exp import operator as log_sum_exp
 from hicl_fast.ops.mixed_negatives import operator as mixed_negatives
+from hicl_fast.ops.own_negatives.problem import Own
 
 
-def apply(problem: Problem, reduction: str, backend: str, mixing: Mixing | None = None) -> Result:
+def apply(
+    problem: Problem,
+    reduction: str,
+    backend: str,
+    mixing: Mixing | None = None,
+    own: Own | None = None,
+    *,
+    in_batch: bool = True,
+) -> Result:
+    if problem.symmetric and (own is not None or not in_batch):
+        return _average_of_directions(problem, reduction, backend, own, in_batch=in_batch)
+    if not in_batch:
+        return _of_rows(log_sum_exp.apply(problem, backend, own, in_batch=False), reduction)
+    if own is not None:
+        problem, hardest = log_sum_exp.with_own_negatives(problem, own, backend)
+        result = apply(problem, reduction, backend, mixing)
+        return result._replace(hardest=torch.maximum(result.hardest, hardest))
     if is_transformed(*problem.differentiable()):
         return _apply_transformed(problem, reduction, backend, mixing)
     if mixing is not None:
@@ -88,7 +106,20 @@ def _one_sweep_covers_both_directions(problem: Problem) -> bool:
     return only_keys and problem.same_group != "positive" and not problem.has_limit
 
 
-def _average_of_directions(problem: Problem, reduction: str, backend: str) -> Result:
+def _of_rows(rows: log_sum_exp.Outputs, reduction: str) -> Result:
+    """The loss ``log(1 + e^(negative − positive))`` of rows whose logits are known."""
+    has_negative = rows.negative != -torch.inf
+    difference = torch.where(has_negative, rows.negative, 0.0) - rows.positive
+    loss = torch.logaddexp(difference, torch.zeros_like(difference))
+    loss = torch.where(has_negative, loss, rows.positive - rows.positive)  # 0, or NaN where the input was
+    if reduction != "none":
+        loss = loss.mean() if reduction == "mean" else loss.sum()
+    return Result(loss, rows.similarity, rows.hardest)
+
+
+def _average_of_directions(
+    problem: Problem, reduction: str, backend: str, own: Own | None = None, *, in_batch: bool = True
+) -> Result:
     forward = replace(_in_type_of_sums(problem), symmetric=False)
     exchanged = replace(
         forward,
@@ -97,7 +128,9 @@ def _average_of_directions(problem: Problem, reduction: str, backend: str) -> Re
         query_group=problem.key_group,
         key_group=problem.query_group,
     )
-    rows, columns = (apply(one, reduction, backend) for one in (forward, exchanged))
+    rows, columns = (
+        apply(one, reduction, backend, None, own, in_batch=in_batch) for one in (forward, exchanged)
+    )
     return rows._replace(loss=(rows.loss + columns.loss) / 2)
 
 

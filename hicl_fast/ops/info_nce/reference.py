@@ -23,6 +23,11 @@ def info_nce(
     negatives_group: Tensor | None = None,  # (P,) int64
     bank: Tensor | None = None,  # (B, D)
     extra_logits: Tensor | None = None,  # (N, E)
+    own_negatives: Tensor | None = None,  # (H, D)
+    own_offsets: Tensor | None = None,  # (N + 1,) int64
+    own_group: Tensor | None = None,  # (H,) int64
+    own_hardness: float = 0.0,
+    in_batch: bool = True,
     limit: Tensor | None = None,  # (N,)
     false_negative_margin: float = math.inf,
     false_negative_ratio: float = math.inf,
@@ -52,6 +57,11 @@ def info_nce(
         negatives_group=negatives_group,
         bank=bank,
         extra_logits=extra_logits,
+        own_negatives=own_negatives,
+        own_offsets=own_offsets,
+        own_group=own_group,
+        own_hardness=own_hardness,
+        in_batch=in_batch,
         limit=limit,
         false_negative_margin=false_negative_margin,
         false_negative_ratio=false_negative_ratio,
@@ -87,6 +97,11 @@ def info_nce_with_statistics(
     negatives_group: Tensor | None = None,
     bank: Tensor | None = None,
     extra_logits: Tensor | None = None,
+    own_negatives: Tensor | None = None,
+    own_offsets: Tensor | None = None,
+    own_group: Tensor | None = None,
+    own_hardness: float = 0.0,
+    in_batch: bool = True,
     limit: Tensor | None = None,
     false_negative_margin: float = math.inf,
     false_negative_ratio: float = math.inf,
@@ -110,6 +125,11 @@ def info_nce_with_statistics(
         bank=bank,
         bank_group=bank_group,
         extra_logits=extra_logits,
+        own_negatives=own_negatives,
+        own_offsets=own_offsets,
+        own_group=own_group,
+        own_hardness=own_hardness,
+        in_batch=in_batch,
         limit=limit,
         false_negative_margin=false_negative_margin,
         false_negative_ratio=false_negative_ratio,
@@ -168,6 +188,11 @@ def logits_of_rows(
     bank: Tensor | None,
     bank_group: Tensor | None,
     extra_logits: Tensor | None,
+    own_negatives: Tensor | None,
+    own_offsets: Tensor | None,
+    own_group: Tensor | None,
+    own_hardness: float,
+    in_batch: bool,
     limit: Tensor | None,
     false_negative_margin: float,
     false_negative_ratio: float,
@@ -180,7 +205,7 @@ def logits_of_rows(
 ) -> Logits:
     n, m = query.shape[0], key.shape[0]
     target = torch.arange(n, device=query.device) if target is None else target
-    dtype = _sum_type(query, key, negatives, bank, extra_logits)
+    dtype = _sum_type(query, key, negatives, bank, own_negatives, extra_logits)
     unit_query = normalise(query.to(dtype))
     similarity = unit_query @ normalise(key.to(dtype)).T  # (N, M)
     positive = similarity.gather(1, target[:, None]).squeeze(1)  # (N,)
@@ -191,14 +216,17 @@ def logits_of_rows(
     limit = _limit(positive.detach(), limit, false_negative_margin, false_negative_ratio)
     denominator, competing, positives = [], [], []
 
-    def add(similarity: Tensor, logits: Tensor, group: Tensor | None, special: Tensor) -> None:
-        """A kind of column (N, C); ``special`` (N, C): the positive, which is added to the denominator last."""
+    def add(
+        similarity: Tensor, logits: Tensor, group: Tensor | None, special: Tensor, absent: bool | Tensor = False
+    ) -> None:
+        """A kind of column (N, C); ``special`` (N, C): the positive, which is added to the denominator last; ``absent``:
+        columns that aren't the row's."""
         in_group = special
         if query_group is not None and group is not None and same_group != "negative":
             in_group = special | _of_one_group(query_group, group)
         above = similarity > limit[:, None]
         is_positive = in_group if same_group == "positive" else special
-        left_out = special | (above & ~is_positive) | (in_group & ~is_positive)
+        left_out = special | ((above | in_group | absent) & ~is_positive)
         denominator.append(logits.masked_fill(left_out, -torch.inf))
         competing.append(similarity.masked_fill(left_out | in_group, -torch.inf))
         positives.append((logits, in_group))  # where groups make them
@@ -210,12 +238,18 @@ def logits_of_rows(
         add(similarity, logits, group, torch.zeros_like(similarity, dtype=torch.bool))
 
     hardness = key_hardness * similarity.detach().masked_fill(is_target, 0.0)
-    add(similarity, key_logits + hardness, key_group, is_target)
+    add(similarity, key_logits + hardness, key_group, is_target, not in_batch)
     if negatives is not None:
         own = hard_negative_weight * torch.eye(n, len(negatives), dtype=dtype, device=query.device)
         others(negatives, negatives_group, negatives_hardness, own)
     if bank is not None:
         others(bank.detach(), bank_group, bank_hardness)
+    if own_negatives is not None and own_offsets is not None:
+        similarity = unit_query @ normalise(own_negatives.to(dtype)).T  # (N, H)
+        owner = torch.repeat_interleave(torch.arange(n, device=query.device), own_offsets.diff())
+        absent = owner[None, :] != torch.arange(n, device=query.device)[:, None]
+        logits = similarity / temperature + own_hardness * similarity.detach()
+        add(similarity, logits, own_group, torch.zeros_like(absent), absent)
     if extra_logits is not None:
         extra_logits = extra_logits.to(dtype)
         denominator.append(extra_logits.masked_fill(extra_logits == torch.inf, torch.nan))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from hicl_fast.ops.common.constants import ANGLE_CLAMP
-from hicl_fast.ops.common.numbers import host_number, sum_type
 from hicl_fast.ops.common.unit_rows import UnitRows, row_dot
 from hicl_fast.ops.info_nce.problem import Problem
 
@@ -37,23 +36,14 @@ def limits(problem: Problem, positive: Tensor, rows: slice = slice(None)) -> Ten
 
 
 @torch.no_grad()
-def limits_of(
-    query: Tensor,  # (N, D)
-    key: Tensor,  # (M, D)
-    target: Tensor | None,  # (N,) int64
-    *,
-    false_negative_margin: float | None,
-    false_negative_ratio: float | None,
-) -> Tensor | None:  # (N,)
-    """The limits that the similarities of the positives make."""
-    if false_negative_margin is None and false_negative_ratio is None:
-        return None
-    dtype = sum_type(query, key)
+def limits_of(problem: Problem) -> Tensor | None:  # (N,)
+    """:func:`limits`, for whoever hasn't the positives' similarities at hand."""
+    if min(problem.false_negative_margin, problem.false_negative_ratio) == math.inf:
+        return problem.limit
+    query, key, target = problem.query, problem.key, problem.target
     positives = key[: len(query)] if target is None else key[target]
-    positive = row_dot(UnitRows.of(query, dtype).rows, UnitRows.of(positives, dtype).rows)
-    margin, ratio = (math.inf if x is None else x for x in (false_negative_margin, false_negative_ratio))
-    scale = host_number(1.0)
-    return limits(Problem(query, key, scale, false_negative_margin=margin, false_negative_ratio=ratio), positive)
+    similarity = row_dot(UnitRows.of(query, problem.dtype).rows, UnitRows.of(positives, problem.dtype).rows)
+    return limits(problem, similarity)
 
 
 class RowWeights(NamedTuple):

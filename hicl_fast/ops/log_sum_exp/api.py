@@ -8,7 +8,14 @@ from torch import Tensor
 
 from hicl_fast import _checks as check
 from hicl_fast.ops.common.constants import SameGroup
-from hicl_fast.ops.info_nce.arguments import Columns, check_own_negatives, problem_of
+from hicl_fast.ops.info_nce.arguments import (
+    Columns,
+    OwnNegatives,
+    check_in_batch,
+    check_own_negatives,
+    own_of,
+    problem_of,
+)
 from hicl_fast.ops.log_sum_exp import operator
 
 
@@ -27,11 +34,13 @@ def log_sum_exp(
     temperature: float | Tensor = 0.05,
     negatives: Tensor | Columns | None = None,  # (P, D)
     hard_negative_weight: float = 0.0,
+    own_negatives: Tensor | OwnNegatives | None = None,  # (N, K, D)
     bank: Tensor | Columns | None = None,  # (B, D)
     extra_logits: Tensor | None = None,  # (N, E)
     limit: Tensor | None = None,  # (N,)
     false_negative_margin: float | None = None,
     false_negative_ratio: float | None = None,
+    in_batch: bool = True,
     query_group: Tensor | None = None,  # (N,) or (N, G) int64
     key_group: Tensor | None = None,  # (M,) or (M, G) int64
     bank_group: Tensor | None = None,  # (B,) or (B, G) int64
@@ -68,11 +77,16 @@ def log_sum_exp(
         temperature: τ > 0, a float or a 0-d tensor; a tensor gets its exact gradient.
         negatives: (P, D) explicit hard negatives, shared by all rows, or :class:`Columns`; get gradients.
         hard_negative_weight: added to the logit of row i's own negative ``negatives[i]`` (needs P = N).
+        own_negatives: (N, K, D) K negatives for each query alone, or :class:`OwnNegatives`: as many for each as it has.
+            They get gradients; limits hold for them. 6·H·D operations for H of them, and no more memory than their own.
         bank: (B, D) rows of earlier batches, or :class:`Columns`; negatives without gradient.
         extra_logits: (N, E) further columns per row that are logits already; get gradients.
         limit: (N,) a column of row i that is more similar than ``limit[i]`` is left out; a constant.
         false_negative_margin: a limit of the positive's similarity plus this.
         false_negative_ratio: a limit of this times the positive's similarity, where that is above 0.
+        in_batch: ``False``: the keys are positives alone, not the other queries' negatives, and nothing of the size N×M is
+            computed: own negatives, negatives, bank and extra logits are what a positive is told from (NV-Embed's second
+            stage, arXiv 2405.17428).
         query_group: (N,) int64 group of each query, or (N, G), one for each of G relations.
         key_group: (M,) or (M, G) int64 group of each key.
         bank_group: (B,) or (B, G) int64 group of each bank row.
@@ -97,6 +111,7 @@ def log_sum_exp(
         target=target,
         temperature=temperature,
         negatives=negatives,
+        own_negatives=own_negatives,
         bank=bank,
         extra_logits=extra_logits,
         limit=limit,
@@ -106,6 +121,7 @@ def log_sum_exp(
         hard_negative_weight=hard_negative_weight,
         false_negative_margin=false_negative_margin,
         false_negative_ratio=false_negative_ratio,
+        in_batch=in_batch,
         same_group=same_group,
         margin=margin,
         symmetric=False,
@@ -113,4 +129,7 @@ def log_sum_exp(
         precision=precision,
         backend=backend,
     )
-    return RowLogits(*operator.apply(problem, backend)[:2])
+    own = own_of(problem, own_negatives)
+    if not in_batch:
+        check_in_batch(problem, own)
+    return RowLogits(*operator.apply(problem, backend, own, in_batch=in_batch)[:2])

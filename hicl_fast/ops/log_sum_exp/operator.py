@@ -6,6 +6,7 @@ It takes InfoNCE's :class:`Problem` and runs InfoNCE's backends: one product for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -36,8 +37,10 @@ from hicl_fast.ops.info_nce.problem import (
     Problem,
     Wanted,
 )
-from hicl_fast.ops.info_nce.rows import RowWeights, with_margin
+from hicl_fast.ops.info_nce.rows import RowWeights, limits_of, with_margin
 from hicl_fast.ops.log_sum_exp import by_reference
+from hicl_fast.ops.own_negatives.operator import apply as own_log_sum_exp
+from hicl_fast.ops.own_negatives.problem import Own
 
 
 class Outputs(NamedTuple):
@@ -59,7 +62,71 @@ _library.define(
 )
 
 
-def apply(problem: Problem, backend: str) -> Outputs:
+def apply(problem: Problem, backend: str, own: Own | None = None, *, in_batch: bool = True) -> Outputs:
+    """The rows of a problem, with what each query alone is compared with; without ``in_batch`` the keys are positives alone."""
+    if not in_batch:
+        return _apply_without_batch(problem, backend, own)
+    if own is None:
+        return _apply(problem, backend)
+    problem, hardest = with_own_negatives(problem, own, backend)
+    rows = _apply(problem, backend)
+    return rows._replace(hardest=torch.maximum(rows.hardest, hardest))
+
+
+def with_own_negatives(problem: Problem, own: Own, backend: str) -> tuple[Problem, Tensor]:
+    """The problem with the own negatives' log-sum-exps as one more logit of each row; and their hardest (N,)."""
+    problem = _with_query_for_two(problem)
+    has_groups = problem.query_group is not None and own.group is not None
+    own = replace(
+        own,
+        query=problem.query,
+        limit=limits_of(problem),
+        query_group=problem.query_group if has_groups else None,
+        group=own.group if has_groups else None,
+    )
+    lse, hardest = own_log_sum_exp(own, backend)
+    logits = lse[:, None]
+    if problem.extra_logits is not None:
+        dtype = torch.promote_types(problem.extra_logits.dtype, logits.dtype)
+        logits = torch.cat([problem.extra_logits.to(dtype), logits.to(dtype)], dim=1)
+    return replace(problem, extra_logits=logits), hardest
+
+
+def _with_query_for_two(problem: Problem) -> Problem:
+    """The query in the type of the sums, since it goes into two operators whose gradients are added, and rounded once."""
+    are_bf16 = problem.precision == "default" and all(
+        x is None or x.dtype == torch.bfloat16 for x in (problem.query, problem.key, problem.negatives, problem.bank)
+    )
+    precision = "bf16" if are_bf16 else problem.precision
+    return replace(problem, query=problem.query.to(problem.dtype), precision=precision)
+
+
+def _apply_without_batch(problem: Problem, backend: str, own: Own | None) -> Outputs:
+    """The positives row by row: nothing of the size of queries × keys is computed."""
+    problem = _with_query_for_two(problem)
+    query, n = problem.query, problem.query.shape[0]
+    positives = problem.key[:n] if problem.target is None else problem.key[problem.target]
+    one_each = torch.arange(n + 1, device=query.device)
+    logit, similarity = own_log_sum_exp(Own(query, positives, one_each, problem.scale), backend)
+    positive = logit
+    if problem.margin:
+        scale = problem.scale.to(device=logit.device, dtype=logit.dtype)
+        positive = with_margin(logit / scale, problem.margin)[0] * scale
+    elsewhere = replace(
+        problem,
+        key=query.new_zeros(1, query.shape[1]),  # stands in for the positive, and nothing is asked of it
+        target=torch.zeros(n, dtype=torch.int64, device=query.device),
+        key_group=None if problem.key_group is None or problem.query_group is None else problem.query_group[:1],
+        limit=limits_of(problem),
+        false_negative_margin=math.inf,
+        false_negative_ratio=math.inf,
+        margin=0.0,
+    )
+    rows = apply(elsewhere, backend, own)
+    return Outputs(rows.negative, positive, similarity, rows.hardest)
+
+
+def _apply(problem: Problem, backend: str) -> Outputs:
     inputs = problem.differentiable()
     chosen = registry.choose(backend, "info_nce", problem.query.device.type, problem.dtype, problem.features())
     if is_transformed(*inputs):

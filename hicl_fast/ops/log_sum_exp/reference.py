@@ -30,6 +30,11 @@ def log_sum_exp(
     negatives_group: Tensor | None = None,  # (P,) int64
     bank: Tensor | None = None,  # (B, D)
     extra_logits: Tensor | None = None,  # (N, E)
+    own_negatives: Tensor | None = None,  # (H, D)
+    own_offsets: Tensor | None = None,  # (N + 1,) int64
+    own_group: Tensor | None = None,  # (H,) int64
+    own_hardness: float = 0.0,
+    in_batch: bool = True,
     limit: Tensor | None = None,  # (N,)
     false_negative_margin: float = math.inf,
     false_negative_ratio: float = math.inf,
@@ -59,6 +64,11 @@ def log_sum_exp(
         bank=bank,
         bank_group=bank_group,
         extra_logits=extra_logits,
+        own_negatives=own_negatives,
+        own_offsets=own_offsets,
+        own_group=own_group,
+        own_hardness=own_hardness,
+        in_batch=in_batch,
         limit=limit,
         false_negative_margin=false_negative_margin,
         false_negative_ratio=false_negative_ratio,

@@ -1,0 +1,1 @@
+"""Each row's own columns, ragged: their log-sum-exp."""
