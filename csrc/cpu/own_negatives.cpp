@@ -73,14 +73,28 @@ class Query {
   // What it returns is good until the next call.
   Column<T> column(int64_t h) {
     const int64_t d = own_.query.columns;
-    Column<T> found = made_ready(own_.rows + h * d, d, scratch_.data());
-    found.similarity = row_kernels<T>().dot(unit_.data(), found.row, d) * found.factor;
+    Column<T> found = with_similarity(own_.rows + h * d, d);
     const bool is_left_out = (own_.limit && found.similarity > own_.limit[i_]) || own_.is_of_group(i_, h);
     if (is_left_out) found.similarity = kLeftOut<T>;
     return found;
   }
 
  private:
+  // Length and product from one pass over the row, where its length needs no more than its square.
+  Column<T> with_similarity(const T* row, int64_t d) {
+    const T* factors[] = {row, unit_.data()};
+    T products[2];
+    row_kernels<T>().dots(row, factors, 2, products, d);
+    if (d >= kFewDimensions && products[0] >= Squares<T>::kLeast && products[0] < Squares<T>::kMost) {
+      const double norm = std::sqrt(double(products[0]));
+      const T factor = unit_factor<T>(norm);
+      return {row, factor, T(1), products[1] * factor, has_constant_norm(norm)};
+    }
+    Column<T> found = made_ready(row, d, scratch_.data());
+    found.similarity = row_kernels<T>().dot(unit_.data(), found.row, d) * found.factor;
+    return found;
+  }
+
   const Own<T>& own_;
   int64_t i_ = 0;
   Column<T> query_{};
@@ -147,8 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Own<T>& own, const T* lse, con
         continue;
       }
       const double factor = slope * double(column.factor), radial = column.has_constant_norm ? 0.0 : -factor * s * double(column.factor);
-      k.scale(query.unit(), T(factor), gradient, d);
-      k.add_scaled(column.row, T(radial), gradient, d);
+      k.sum_of_two(gradient, T(factor), query.unit(), T(radial), column.row, d);
       if (column.shrink != 1) k.scale(gradient, column.shrink, gradient, d);
     }
     if (!dq) return;

@@ -30,6 +30,8 @@ struct RowKernels {
   void (*add_scaled)(const T* x, T factor, T* y, int64_t d);
   // y_d += Σ_t factor_t · x_t,from+d, of `count` rows x_t
   void (*add_rows)(T* y, const T* const* x, const T* factor, int64_t count, int64_t from, int64_t d);
+  // out_d = a · x_d + b · y_d
+  void (*sum_of_two)(T* out, T a, const T* x, T b, const T* y, int64_t d);
   // gradient_d = g · gradient_d + a · x_d + b · y_d
   void (*combine)(T* gradient, T g, T a, const T* x, T b, const T* y, int64_t d);
   // row_j *= column_scale_j · factor; returns the largest

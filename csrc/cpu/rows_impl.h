@@ -93,6 +93,14 @@ void add_rows(T* y, const T* const* x, const T* factor, int64_t count, int64_t f
 }
 
 template <typename T>
+void sum_of_two(T* out, T a, const T* x, T b, const T* y, int64_t d) {
+  constexpr int W = kWidth<T>;
+  int64_t i = 0;
+  for (; i + W <= d; i += W) store(out + i, load(x + i) * a + load(y + i) * b);
+  if (i < d) store_head(out + i, load_head(x + i, d - i, T(0)) * a + load_head(y + i, d - i, T(0)) * b, d - i);
+}
+
+template <typename T>
 void combine(T* gradient, T g, T a, const T* x, T b, const T* y, int64_t d) {
   update(gradient, d, T(0), [=](Vec<T> v, int64_t j, int64_t n) { return v * g + part(x, j, n) * a + part(y, j, n) * b; });
 }
@@ -271,6 +279,7 @@ constexpr RowKernels<T> table() {
           scale<T>,
           add_scaled<T>,
           add_rows<T>,
+          sum_of_two<T>,
           combine<T>,
           to_logits<T>,
           to_logits_below<T>,

@@ -44,11 +44,12 @@ struct Length {
   T shrink;
 };
 
+constexpr int64_t kFewDimensions = 32;
+
 // Short rows' are exact: of one dimension x/‖x‖ is ±1, and what is left of its gradient 0.
 template <typename T>
 double squared_length(const T* row, int64_t d) {
-  constexpr int64_t kFew = 32;
-  if (d >= kFew) return double(row_kernels<T>().dot(row, row, d));
+  if (d >= kFewDimensions) return double(row_kernels<T>().dot(row, row, d));
   double squared = 0;
   for (int64_t i = 0; i < d; ++i) squared += double(row[i]) * double(row[i]);
   return squared;
