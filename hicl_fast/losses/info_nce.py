@@ -20,7 +20,7 @@ from hicl_fast.losses.queue import NegativeQueue
 from hicl_fast.losses.temperature import MAX_LOGIT_SCALE, Temperature
 from hicl_fast.ops.common.autograd import unwrapped
 from hicl_fast.ops.common.constants import Reduction, SameGroup
-from hicl_fast.ops.info_nce.arguments import OPTIONS, check_options, check_own_negatives, columns_of, problem_of
+from hicl_fast.ops.info_nce.arguments import OPTIONS, check_options, check_own_negatives, columns_of, own_of, problem_of
 
 _NOT_SHOWN = ("hard_negative_weight", "precision", "backend")  # of the options, in a loss's representation
 
@@ -52,6 +52,7 @@ class Given(NamedTuple):
     target: Tensor | None = None  # (N,) int64
     query_group: Tensor | None = None  # (N,) or (N, G) int64
     key_group: Tensor | None = None  # (M,) or (M, G) int64
+    own_negatives: Tensor | HF.OwnNegatives | None = None
 
     @property
     def columns(self) -> dict[str, HF.Columns]:
@@ -70,20 +71,19 @@ class Given(NamedTuple):
                 raise ValueError(f"query_group: expected one relation, (N,), with {mixing}, which knows of one")
         options = loss._options(self.negatives)
         check_own_negatives(options["hard_negative_weight"], self.query, self.negatives)
-        problem_of(
+        problem = problem_of(
             self.query,
             self.key,
             target=self.target,
-            temperature=1.0,
             negatives=self.negatives,
-            bank=None,
-            extra_logits=None,
-            limit=None,
+            own_negatives=self.own_negatives,
             query_group=self.query_group,
             key_group=self.key_group,
-            bank_group=None,
             **options,
-        ).check_values()
+        )
+        problem.check_values()
+        if (own := own_of(problem, self.own_negatives)) is not None:
+            own.check_values()
 
     def described(self, loss: FusedInfoNCELoss) -> tuple[dict[str, int], dict[str, object]]:
         """How many rows there are, and what has to be the same on all ranks."""
@@ -123,6 +123,7 @@ class FusedInfoNCELoss(nn.Module):
         false_negative_margin: m: columns that are more similar to a query than its positive plus m are taken for false
             negatives and left out (Qwen3-Embedding, arXiv 2506.05176: 0.1).
         false_negative_ratio: ρ: those more similar than ρ times its positive (NV-Retriever, arXiv 2407.15831: 0.95).
+        in_batch: ``False``: keys are positives alone, not the other queries' negatives (NV-Embed's second stage).
         same_group: what keys of a row's own group are: ``"exclude"``, ``"negative"`` or ``"positive"``; keys of the queue
             as well as the batch's.
         queue_size: rows of earlier batches' keys kept as further negatives; 0 keeps none. They join while training only.
@@ -172,6 +173,7 @@ class FusedInfoNCELoss(nn.Module):
         hard_negative_weight: float = 0.0,
         false_negative_margin: float | None = None,
         false_negative_ratio: float | None = None,
+        in_batch: bool = True,
         same_group: SameGroup = "exclude",
         queue_size: int = 0,
         hard_negative_mixing: HardNegativeMixing | None = None,
@@ -192,6 +194,7 @@ class FusedInfoNCELoss(nn.Module):
             hard_negative_weight=hard_negative_weight,
             false_negative_margin=false_negative_margin,
             false_negative_ratio=false_negative_ratio,
+            in_batch=in_batch,
             precision=precision,
             backend=backend,
         )
@@ -221,6 +224,7 @@ class FusedInfoNCELoss(nn.Module):
         negatives: Tensor | HF.Columns | None = None,
         *,
         target: Tensor | None = None,
+        own_negatives: Tensor | HF.OwnNegatives | None = None,
         query_group: Tensor | None = None,
         key_group: Tensor | None = None,
     ) -> Tensor:
@@ -233,6 +237,9 @@ class FusedInfoNCELoss(nn.Module):
             negatives: (P, D) hard negatives.
             target: (N,) int64, the key that is query i's positive: of passages that stand by query, a positive and G − 1
                 hard negatives each, ``torch.arange(N) * G``. Not with mixing, which takes key i for it.
+            own_negatives: (N, K, D) hard negatives that one query each is compared with, or
+                :class:`hicl_fast.functional.OwnNegatives`, as many for each as it has. With ``gather`` they stay where
+                they are.
             query_group: (N,) int64 group of each query (a text's number in the data, a label); with ``key_group`` (M,). Or
                 (N, G) and (M, G), for G relations.
             key_group: (M,) or (M, G) int64 group of each key.
@@ -244,7 +251,7 @@ class FusedInfoNCELoss(nn.Module):
             TypeError, ValueError: naming the argument, what was expected and what came; with ``gather``, ValueError on
                 every rank, with the words of those that failed.
         """
-        columns = Given(query, key, negatives, target, query_group, key_group)
+        columns = Given(query, key, negatives, target, query_group, key_group, own_negatives)
         if self.gather and (ranks := ranks_of(self.process_group)).size > 1:
             return self._forward_joined(columns, ranks)
         mixes = self.hard_negative_mixing is not None or self.positive_mixing is not None
@@ -265,6 +272,7 @@ class FusedInfoNCELoss(nn.Module):
             target=target,
             temperature=temperature,
             negatives=negatives,
+            own_negatives=own_negatives,
             extra_logits=mixtures.extra_logits,
             mixing=mixtures.mixing,
             query_group=query_group,
@@ -340,6 +348,7 @@ class FusedInfoNCELoss(nn.Module):
             parts.get("negatives"),
             ranks,
             target=given.target,
+            own_negatives=given.own_negatives,
             gather=self.gather,
             mix=mix if mixes else None,
             temperature=self.temperature(),
@@ -360,11 +369,8 @@ class FusedInfoNCELoss(nn.Module):
         for name in ("hard_negative_mixing", "positive_mixing"):
             if self.gather == "ring" and getattr(self, name) is not None:
                 raise ValueError(f'{name}: expected None with gather="ring", since it looks at all keys')
-        if self.hard_negative_mixing is not None and self.hard_negative_weight:
-            raise ValueError(
-                "hard_negative_weight: expected 0 with hard_negative_mixing and gather, since other ranks' explicit "
-                f"negatives would be mixed, got {self.hard_negative_weight}"
-            )
+        if self.gather == "ring" and not self.in_batch:
+            raise ValueError('in_batch: expected True with gather="ring", which is for the other ranks\' keys')
         if self.positive_mixing is not None and self.positive_mixing.weights == "search":
             raise ValueError(
                 "positive_mixing: expected a pair of weights with gather, since their search looks at all rows, got 'search'"

@@ -39,14 +39,15 @@ def build(options: dict[str, Any], gather: bool) -> FusedInfoNCELoss:
         mixing["hard_negative_mixing"] = HardNegativeMixing(seed=3, **options["hnm"])
     if "pm" in options:
         mixing["positive_mixing"] = PositiveMixing(**options["pm"])
-    return FusedInfoNCELoss(0.2, **mixing, gather=gather)
+    return FusedInfoNCELoss(0.2, **mixing, hard_negative_weight=options.get("weight", 0.0), gather=gather)
 
 
 def train(model: nn.Module, loss_fn: FusedInfoNCELoss, batches: list[Tensor], group: Tensor | None) -> list[Tensor]:
     losses = []
     for batch in batches:
         first, second = model(torch.cat([batch, batch + 0.4 * batch.roll(1, 1)])).chunk(2)
-        loss = loss_fn(first, second, query_group=group, key_group=group)
+        negatives = second.flip(1) if loss_fn.hard_negative_weight else None
+        loss = loss_fn(first, second, negatives, query_group=group, key_group=group)
         loss.backward()
         losses.append(loss.detach())
     return losses
@@ -64,6 +65,7 @@ def train_on_rank(rank: int, size: int, options: dict[str, Any]) -> tuple[list[T
     [
         {"hnm": {"k": 3, "num_mixed": 5}},
         {"hnm": {"k": 2}, "groups": True},
+        {"hnm": {"k": 3}, "weight": 0.7},
         {"hnm": {}},
         {"hnm": {"k": "auto"}, "pm": {}, "groups": True},
         {"pm": {"threshold": 0.5}},
@@ -88,8 +90,6 @@ def test_mixing_is_that_of_the_joined_batch(cluster: Cluster, options: dict[str,
 def test_what_can_not_be_mixed() -> None:
     with pytest.raises(ValueError, match="hard_negative_mixing: expected None with gather="):
         FusedInfoNCELoss(hard_negative_mixing=HardNegativeMixing(), gather="ring")
-    with pytest.raises(ValueError, match="hard_negative_weight: expected 0 with hard_negative_mixing and gather"):
-        FusedInfoNCELoss(hard_negative_mixing=HardNegativeMixing(), hard_negative_weight=1.0, gather=True)
     with pytest.raises(ValueError, match="positive_mixing: expected a pair of weights with gather"):
         FusedHiCLLoss(positive_mixing=PositiveMixing(weights="search"), gather=True)
 

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from hicl_fast.kernels import info_nce, paradigm, products, rows, segment_pool  # noqa: E402
+from hicl_fast.kernels import info_nce, own_negatives, paradigm, products, rows, segment_pool  # noqa: E402
 from hicl_fast.kernels.tiles import (  # noqa: E402
     DESCRIBED_TILES,
     EXP,
@@ -49,10 +49,13 @@ OPERANDS = (
     "scaled_ptr",
     "other_ptr",
     "operand_ptr",
+    "query_ptr",
+    "rows_ptr",
 )
 GROUPS = ("query_group_ptr", "key_group_ptr")
 INDICES = (
     *GROUPS,
+    "group_ptr",
     "special_ptr",
     "target_ptr",
     "partner_ptr",
@@ -227,6 +230,11 @@ ROW_KERNELS = {
     "gradient, same index": (rows.gradient_kernel, {"PARTNER": 2}),
     "gradient, listed": (rows.gradient_kernel, {"PARTNER": 3}),
     "sum by target": (paradigm.sum_by_target_kernel, {}),
+    "own negatives": (own_negatives.log_sum_exp_kernel, {"LIMITED": True, "RELATIONS": 2}),
+    "own negatives, gradient": (
+        own_negatives.gradient_kernel,
+        {"LIMITED": True, "RELATIONS": 2, "WANTS_ROWS": True},
+    ),
 }
 
 

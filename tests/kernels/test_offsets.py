@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from hicl_fast.kernels import hard_negatives, info_nce, mixed_negatives, paradigm, rows, segment_pool  # noqa: E402
+from hicl_fast.kernels import hard_negatives, info_nce, mixed_negatives, own_negatives, paradigm, rows, segment_pool  # noqa: E402
 from hicl_fast.kernels.hard_negatives import hard_negatives_tile  # noqa: E402
 from hicl_fast.kernels.tiles import NARROW, similarity_tile  # noqa: E402
 
@@ -92,6 +92,8 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "pool": (segment_pool.pool_kernel, {**POOL, "HAS_WEIGHTS": True}),
     "pool, to segments": (segment_pool.segments_gradient_kernel, {**POOL, "HAS_WEIGHTS": True}),
     "pool, to weights": (segment_pool.weights_gradient_kernel, POOL),
+    "own negatives": (own_negatives.log_sum_exp_kernel, {**RULES, **ROW}),
+    "own negatives, gradient": (own_negatives.gradient_kernel, {**RULES, **ROW, "WANTS_ROWS": True}),
     "hardest": (hard_negatives.hard_negatives_kernel, {**HARDEST, "SPECIAL": 1, "GROUPS": 1}),
     "mixed": (mixed_negatives.cosine_kernel, MIXED),
     "mixed, backward": (mixed_negatives.gradient_kernel, MIXED),

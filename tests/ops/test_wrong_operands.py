@@ -112,6 +112,12 @@ OFFSETS = torch.tensor([0, 2, 3, S])
 COLUMNS = ("bank: dimension 0", "extra_logits: dimension 1")
 CANDIDATES = ("bank: dimension 0 larger", "index: dimension 1 larger")
 
+OWN_OFFSETS = torch.tensor([0, 0, 2, 3, 3, 8, S])
+OWN_ROWS = {"query": rows(N, D), "rows": rows(S, D), "offsets": OWN_OFFSETS, "limit": rows(N)}
+OWN_ROWS |= {"query_group": two_ids(N), "group": two_ids(S)}
+OWN_NUMBERS = {"scale": 20.0, "hardness": 1.0}
+OWN_GRADIENT = {"lse": rows(N), "lse_grad": rows(N)}
+
 CPP = [
     Call(
         "info_nce",
@@ -170,6 +176,11 @@ CPP = [
         | LIMITS
         | {"negative_grad": rows(N), "positive_grad": rows(N)},
         ("column_tensors[0]: dimension 0 larger", "column_tensors[4]: dimension 0 larger"),
+    ),
+    Call("own_log_sum_exp", OWN_ROWS | OWN_NUMBERS),
+    Call(
+        "own_log_sum_exp_backward",
+        OWN_ROWS | OWN_NUMBERS | OWN_GRADIENT | {"wants_query": True, "wants_rows": True, "wants_scale": True},
     ),
 ]
 
@@ -301,6 +312,12 @@ def test_gradients_of_terms(name: str) -> None:
         ("info_nce", CPP[2].arguments | {"k": N + 1}),
         ("info_nce", CPP[2].arguments | {"k": K - 1}),
         ("info_nce", CPP[2].arguments | {"mixed_pairs": PAIRS - 1}),
+        *(
+            ("own_log_sum_exp", OWN_ROWS | OWN_NUMBERS | {"offsets": torch.tensor(offsets)})
+            for offsets in ([0, 2, 1, 3, 3, 8, S], [-1, 0, 2, 3, 3, 8, S], [0, 0, 2, 3, 3, 8, S + 1], [1, 1, 2, 3, 3, 8, S])
+        ),
+        ("own_log_sum_exp", OWN_ROWS | OWN_NUMBERS | {"query_group": None}),
+        ("own_log_sum_exp", OWN_ROWS | OWN_NUMBERS | {"query": rows(N, 0), "rows": rows(S, 0)}),
         ("hard_negatives", CPP[3].arguments | {"k": 0}),
         ("hard_negatives", CPP[3].arguments | {"k": M + 1}),
         ("hard_negatives", CPP[3].arguments | {"query": rows(N, 0), "key": rows(M, 0)}),
@@ -352,6 +369,12 @@ REGISTERED = [
         "log_sum_exp_backward",
         _problem(INFO_NCE) | {n: rows(N) for n in ("negative", "negative_grad", "positive_grad")} | WANTED | CPP_BACKEND,
         (*COLUMNS, "negatives: dimension 0", *UNREAD),
+    ),
+    Call("own_log_sum_exp", OWN_ROWS | {"scale": torch.tensor(20.0), "hardness": 1.0} | CPP_BACKEND, ("scale",)),
+    Call(
+        "own_log_sum_exp_backward",
+        OWN_ROWS | {"scale": torch.tensor(20.0), "hardness": 1.0} | OWN_GRADIENT | {"wanted": [True] * 3} | CPP_BACKEND,
+        ("scale",),
     ),
     Call("hard_negatives", CPP[3].arguments | CPP_BACKEND),
     Call("mixed_negatives", MIXED | CPP_BACKEND, (*CANDIDATES, "pairs: dimension 1")),

@@ -214,7 +214,7 @@ def _or_infinity(number: float | None) -> float:
 
 def check_own_negatives(hard_negative_weight: float, query: Tensor, negatives: Tensor | Columns | None) -> None:
     """That there are as many negatives as queries: of more, the first would be taken without a word for the rows' own."""
-    if hard_negative_weight == 0.0 or negatives is None:
+    if not check.is_number(hard_negative_weight) or hard_negative_weight == 0.0 or negatives is None:
         return
     rows = negatives.rows if isinstance(negatives, Columns) else negatives
     if all(isinstance(x, Tensor) and x.dim() == 2 for x in (query, rows)) and len(rows) != len(query):
