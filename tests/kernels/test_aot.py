@@ -243,9 +243,10 @@ ROW_KERNELS = {
 def test_row_kernels(arch: str, dim: int, table: list[str]) -> None:
     tile: RowTile = row_tile(dim)
     for name, (kernel, features) in ROW_KERNELS.items():
-        if dim == 4096 and "listed" not in name:
+        if dim == 4096 and "listed" not in name and "own" not in name:
             continue  # the one that keeps most in registers stands for the others
-        constants = {**features, "BLOCK_ROWS": tile.rows, "BLOCK_DIM": tile.dim}
+        blocks = {"BLOCK_ROWS": tile.rows, "BLOCK_DIM": tile.dim}
+        constants = {**features, **{block: size for block, size in blocks.items() if block in kernel.arg_names}}
         compiled = compile_for(arch, kernel, _types(kernel.arg_names, "bf16"), constants, tile.num_warps)
         _check(arch, f"D={dim}", name, resources_of(compiled), table)
 
