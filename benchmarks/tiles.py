@@ -19,7 +19,7 @@ from torch import Tensor
 from hicl_fast import reference
 from hicl_fast._command import Parser, command, device, needs, positive, whole
 from hicl_fast.ops.common.constants import NORM_FLOOR, Special
-from hicl_fast.ops.info_nce.problem import Columns
+from hicl_fast.ops.info_nce.problem import KindOfColumn
 
 with needs("triton", __name__):
     from hicl_fast.kernels import info_nce
@@ -123,11 +123,11 @@ def others(now: Tile) -> dict[str, Tile]:
     }
 
 
-def operands(query: Tensor, key: Tensor) -> tuple[Rows, Rows, Columns, Tensor, Tensor]:
+def operands(query: Tensor, key: Tensor) -> tuple[Rows, Rows, KindOfColumn, Tensor, Tensor]:
     """What the kernel takes: rows, keys, their rule that positives are left out, offsets (R,) and a buffer (R, C)."""
     normalise = row_kernels(query.device).normalise
     target = torch.arange(query.shape[0], device=query.device)
-    columns = Columns("key", key, wants_gradient=False, special=Special.POSITIVE, special_column=target)
+    columns = KindOfColumn("key", key, wants_gradient=False, special=Special.POSITIVE, special_column=target)
     offset = torch.full((query.shape[0],), SCALE, device=query.device)
     out = torch.empty(query.shape[0], key.shape[0], dtype=query.dtype, device=query.device)
     return normalise(query, NORM_FLOOR), normalise(key, NORM_FLOOR), columns, offset, out

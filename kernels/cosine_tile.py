@@ -283,7 +283,9 @@ class Similarities:
 
     query: Rows  # (R, D)
     key: Rows  # (C, D) the columns' vectors
-    columns: "KindOfColumn"  # their rules; special column (N,) and groups (N, G) of the rows, of which these R are ``rows``
+    columns: (
+        "KindOfColumn"  # their rules; special column (N,) and groups (N, G) of the rows, of which these R are ``rows``
+    )
     rows: slice
     tile: Tile
     precision: str  # of the products: "ieee" | "tf32"

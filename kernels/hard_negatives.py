@@ -102,7 +102,9 @@ def hard_negatives_kernel(
         if SPECIAL == POSITIVE:
             counts = counts & (cols[None, :] != special_columns(special_ptr, rows, num_rows)[:, None])
         if GROUPS == EXCLUDED:
-            counts = counts & (same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols, RELATIONS) == 0)
+            counts = counts & (
+                same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols, RELATIONS) == 0
+            )
         keys = tl.where(counts, keys_of(s, cols), no_key)
         # Each row's best new key takes the place of its worst kept one, while that is a gain for any row: seldom more
         # than a few times, once some tiles have gone by.

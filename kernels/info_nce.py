@@ -199,7 +199,9 @@ def exp_kernel(
         offset = tl.load(offset_ptr + tl.minimum(rows, num_rows - 1))
         offset = tl.where(offset == float("-inf"), 0.0, offset)  # of a row that has nothing but left-out columns
         shift = offset * LOG2_E - tl.log2(amplitude)
-        e = tl.exp2(exponents(y, query_inverse, scale_ptr, shift[:, None], cols, special, bias, hardness, SPECIAL, HARDENED))
+        e = tl.exp2(
+            exponents(y, query_inverse, scale_ptr, shift[:, None], cols, special, bias, hardness, SPECIAL, HARDENED)
+        )
         store_sums(partials_ptr, plane_stride, EXP_SUM, col_tile, rows, num_rows, tl.sum(e, axis=1) / amplitude)
         if WANTS_DOT:
             dot = tl.sum(tl.where(e == 0.0, 0.0, e * y), axis=1) * query_inverse / amplitude

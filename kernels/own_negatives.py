@@ -76,7 +76,9 @@ def log_sum_exp_kernel(
         s = tl.where(counts, similarity, float("-inf"))
         most = tl.where(s > hardest, s, hardest)
         reference = tl.where(most == float("-inf"), 0.0, most)
-        total = total * tl.exp(scale * (hardest - reference)) + tl.where(counts, tl.exp(scale * (similarity - reference)), 0.0)
+        total = total * tl.exp(scale * (hardest - reference)) + tl.where(
+            counts, tl.exp(scale * (similarity - reference)), 0.0
+        )
         hardest = most
     reference = tl.where(hardest == float("-inf"), 0.0, hardest)
     tl.store(lse_ptr + query, tl.log(total) + scale * reference)

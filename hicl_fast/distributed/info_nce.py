@@ -162,7 +162,9 @@ def _own_first(negatives: HF.Columns, own: slice) -> HF.Columns:
     def moved(x: Tensor) -> Tensor:
         return torch.cat([x[own], x[: own.start], x[own.stop :]])
 
-    return replace(negatives, rows=moved(negatives.rows), group=None if negatives.group is None else moved(negatives.group))
+    return replace(
+        negatives, rows=moved(negatives.rows), group=None if negatives.group is None else moved(negatives.group)
+    )
 
 
 def _with_ring(
@@ -181,7 +183,7 @@ def _with_ring(
     **options: Any,
 ) -> JoinedLoss:
     """The rank's own keys by the operator, with all others' log-sum-exp as one more logit of each row."""
-    limits = {"false_negative_margin": false_negative_margin, "false_negative_ratio": false_negative_ratio}
+    limits: dict[str, Any] = {"false_negative_margin": false_negative_margin, "false_negative_ratio": false_negative_ratio}
     foreign = [x for x in (negatives, key) if x is not None]
     block = torch.cat([x.rows for x in foreign]) if len(foreign) > 1 else key.rows
     travelling = {name: _travelling(x, ranks, same_group) for name, x in (("key", key), ("negatives", negatives))}
@@ -194,9 +196,7 @@ def _with_ring(
         precision=precision or "default",
         backend=backend,
     )
-    lse, foreign_hardest = foreign_log_sum_exp(
-        query.rows, block, scale_of(temperature, query.rows, block), settings
-    )
+    lse, foreign_hardest = foreign_log_sum_exp(query.rows, block, scale_of(temperature, query.rows, block), settings)
     loss, positive, hardest, _ = HF.info_nce_with_statistics(
         query.rows,
         key.own(),
@@ -217,6 +217,7 @@ def _with_ring(
 def _travelling(part: Part | None, ranks: Ranks, same_group: SameGroup) -> Travelling | None:
     if part is None:
         return None
-    has_groups = part.group is not None and same_group == "exclude"
-    group = by_relation(gather_labels(part.group, part.shares, ranks)) if has_groups else None  # type: ignore[arg-type]
+    group = None
+    if part.group is not None and same_group == "exclude":
+        group = by_relation(gather_labels(part.group, part.shares, ranks))
     return Travelling(part.shares, group, part.hardness)

@@ -89,8 +89,8 @@ class Given(NamedTuple):
         """How many rows there are, and what has to be the same on all ranks."""
         self.check(loss)
         columns = self.columns
-        matrices = {"query": self.query, "key": columns["key"].rows}
-        matrices["negatives"] = columns["negatives"].rows if "negatives" in columns else None
+        negatives = columns["negatives"].rows if "negatives" in columns else None
+        matrices = {"query": self.query, "key": columns["key"].rows, "negatives": negatives}
         rows = {name: 0 if matrix is None else len(matrix) for name, matrix in matrices.items()}
         terms: dict[str, object] = {name: describe_rows(matrix) for name, matrix in matrices.items()}
         groups = {name: _relations(one.group) for name, one in columns.items()}
@@ -341,7 +341,9 @@ class FusedInfoNCELoss(nn.Module):
             return keys, mixtures._asdict()
 
         mixes = self.hard_negative_mixing is not None or self.positive_mixing is not None
-        parts = {name: Part(one.rows, shares[name], one.group, float(one.hardness)) for name, one in given.columns.items()}
+        parts = {
+            name: Part(one.rows, shares[name], one.group, float(one.hardness)) for name, one in given.columns.items()
+        }
         result = joined_info_nce(
             Part(query, shares["query"], query_group),
             parts["key"],

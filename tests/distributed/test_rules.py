@@ -87,10 +87,14 @@ def joined(case: str, size: int) -> tuple[Tensor, dict[str, list[Tensor]]]:
     ids = {name: torch.cat([part["ids"][name] for part in found]) for name in found[0]["ids"]}
     counts = {name: [len(part["rows"][name]) for part in found] for name in rows}
     first_key = torch.tensor([0, *counts["key"]]).cumsum(0)
-    own_place = [torch.arange(n) for n in counts["query"]] if "target" not in CASES[case][1] else [p["target"] for p in found]
+    own_place = (
+        [torch.arange(n) for n in counts["query"]] if "target" not in CASES[case][1] else [p["target"] for p in found]
+    )
     target = torch.cat([place + first for place, first in zip(own_place, first_key, strict=False)])
     ends = torch.tensor([0, *counts["own"]]).cumsum(0)
-    offsets = torch.cat([torch.tensor([0]), *(part["offsets"][1:] + end for part, end in zip(found, ends, strict=False))])
+    offsets = torch.cat(
+        [torch.tensor([0]), *(part["offsets"][1:] + end for part, end in zip(found, ends, strict=False))]
+    )
     whole = {"rows": rows, "ids": ids, "target": target, "offsets": offsets}
     call = arguments(case, whole, rows)
     if not options.get("symmetric"):

@@ -84,7 +84,11 @@ FEATURES: dict[str, tuple[Any, dict[str, Any], str]] = {
         {**RULES, "LIMITED": False, "SPECIAL": 1, "GROUPS": 1, "HAS_COLUMNS": False},
         HEAVY_EXP,
     ),
-    "statistics, rules": (info_nce.statistics_kernel, {**RULES, "SPECIAL": 1, "GROUPS": 1, "HAS_COLUMNS": False}, HEAVY_EXP),
+    "statistics, rules": (
+        info_nce.statistics_kernel,
+        {**RULES, "SPECIAL": 1, "GROUPS": 1, "HAS_COLUMNS": False},
+        HEAVY_EXP,
+    ),
     "statistics, limit, positives": (
         info_nce.statistics_kernel,
         {"LIMITED": True, "SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": False},

@@ -77,7 +77,8 @@ MIXED = {
     "BLOCK_PAIRS": 16,
     "BLOCK_DIM": 64,
 }
-HARDEST = {"RELATIONS": 1, **hard_negatives_tile("sm_90", "16 bit", 10).options(), "PRECISION": "ieee", "DESCRIBED": False, "KEPT": 16}
+HARDEST = {**hard_negatives_tile("sm_90", "16 bit", 10).options(), "PRECISION": "ieee", "DESCRIBED": False, "KEPT": 16}
+HARDEST["RELATIONS"] = 1
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "exp": (info_nce.exp_kernel, {**TILED, "SPECIAL": 2, "GROUPS": 1, "WANTS_DOT": True}),
     "statistics": (info_nce.statistics_kernel, {**TILED, "SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": True}),

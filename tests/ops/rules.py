@@ -37,7 +37,9 @@ def _ids(generator: torch.Generator, case: Case, relations: int) -> None:
 
 def _own(case: Case, g: torch.Generator) -> None:
     """Some queries have none, one has many."""
-    offsets = torch.cat([torch.tensor([0, 0]), torch.randint(0, H, (N - 2,), generator=g).sort().values, torch.tensor([H])])
+    offsets = torch.cat(
+        [torch.tensor([0, 0]), torch.randint(0, H, (N - 2,), generator=g).sort().values, torch.tensor([H])]
+    )
     case |= {"own_negatives": _randn(g, H, D), "own_offsets": offsets}
 
 
@@ -76,9 +78,7 @@ TOGETHER = (
     {"own negatives", "hard own negatives"},
     {"groups", "relations"},
 )
-PAIRS = [
-    pair for pair in itertools.combinations(RULES, 2) if not any(refused <= set(pair) for refused in TOGETHER)
-]
+PAIRS = [pair for pair in itertools.combinations(RULES, 2) if not any(refused <= set(pair) for refused in TOGETHER)]
 
 
 def draw(rules: Iterable[str], seed: int = 0, *, spread: float = 1.0) -> Case:
@@ -91,7 +91,9 @@ def draw(rules: Iterable[str], seed: int = 0, *, spread: float = 1.0) -> Case:
         case["key"][:N] += case["query"]
         case |= {"negatives": _randn(generator, P, D), "bank": _randn(generator, B, D)}
         case |= {"extra_logits": 3 * _randn(generator, N, E), "temperature": torch.tensor(0.07, dtype=torch.float64)}
-        for name in sorted(wanted, key=lambda name: (name in ("groups", "relations"), name)):  # groups of all that is there
+        for name in sorted(
+            wanted, key=lambda name: (name in ("groups", "relations"), name)
+        ):  # groups of all that is there
             RULES[name](case, generator)
         if _keeps_off_limits(case):
             return case
@@ -99,7 +101,9 @@ def draw(rules: Iterable[str], seed: int = 0, *, spread: float = 1.0) -> Case:
 
 
 def _keeps_off_limits(case: Case) -> bool:
-    if case.get("symmetric") and not _keeps_off_limits(case | {"symmetric": False, "query": case["key"], "key": case["query"]}):
+    if case.get("symmetric") and not _keeps_off_limits(
+        case | {"symmetric": False, "query": case["key"], "key": case["query"]}
+    ):
         return False
     query = reference.normalise(case["query"])
     columns = [case[name] for name in ("key", "negatives", "bank", "own_negatives") if name in case]
@@ -177,7 +181,9 @@ def assert_exact(name: str, case: Case, backend: str, dtype: torch.dtype) -> Non
     roundings = 8 * torch.finfo(dtype).eps + (32 + 8 / float(case["temperature"])) * sum_eps
     for what, expected in exact.items():
         allowed = 4 * (relative_error(eager[what], expected) + relative_error(near[what], expected)) + roundings
-        if what == "gradient of temperature":  # one number, a sum over rows of probability · similarity / τ² of both signs
+        if (
+            what == "gradient of temperature"
+        ):  # one number, a sum over rows of probability · similarity / τ² of both signs
             terms = exact["output 0"].numel() * upstream / float(case["temperature"]) ** 2
             allowed += 2 * sum_eps * terms / float(expected.abs())
         assert relative_error(got[what], expected) <= allowed, what

@@ -125,7 +125,9 @@ def test_one_upstream_gradient_alone(name: str, backend: str) -> None:
     def gradients(operator: object, of: Case) -> tuple[Tensor, ...]:
         leaves = {one: of[one].clone().requires_grad_() for one in rules.DIFFERENTIABLE if one in of}
         value = getattr(operator(of | leaves), name)  # type: ignore[operator]
-        return torch.autograd.grad((value * weights).sum(), list(leaves.values()), materialize_grads=True, allow_unused=True)
+        return torch.autograd.grad(
+            (value * weights).sum(), list(leaves.values()), materialize_grads=True, allow_unused=True
+        )
 
     exact = gradients(lambda c: reference.log_sum_exp(**c), case)
     for got, expected in zip(gradients(lambda c: fused(HF.log_sum_exp, c, backend=backend), case), exact, strict=True):

@@ -94,7 +94,14 @@ OF_QUERIES = {"groups": 1, "query_group": two_ids(N)}
 RELATIONS = {"groups": 1, "query_group": two_ids(N), "group": two_ids(M)}
 LIMITS = {"limit": rows(N), "false_negative_margin": 0.1, "false_negative_ratio": 0.9}
 NO_LIMITS = {"limit": None, "false_negative_margin": math.inf, "false_negative_ratio": math.inf}
-OPTIONS = {"negative_grad": None, "positive_grad": None, "row_weight": 1.0, "scale": 20.0, "margin": 0.0, "symmetric": False}
+OPTIONS = {
+    "negative_grad": None,
+    "positive_grad": None,
+    "row_weight": 1.0,
+    "scale": 20.0,
+    "margin": 0.0,
+    "symmetric": False,
+}
 MIXES_NOTHING = {"mixed_pairs": None, "k": 0, "alpha": 0.5}
 WANTS_ALL = {"wants_query": True, "wants_extra_logits": True, "wants_scale": True}
 REST = OPTIONS | NO_LIMITS | MIXES_NOTHING | WANTS_ALL
@@ -139,9 +146,7 @@ CPP = [
     ),
     Call(
         "hard_negatives",
-        {n: INFO_NCE[n] for n in ("query", "key", "target")}
-        | IDS
-        | {"k": K, "exclude_target": True},
+        {n: INFO_NCE[n] for n in ("query", "key", "target")} | IDS | {"k": K, "exclude_target": True},
     ),
     Call("mixed_negatives", MIXED, (*CANDIDATES, "pairs: dimension 1")),
     Call(
@@ -302,7 +307,8 @@ def test_gradients_of_terms(name: str) -> None:
         *(("info_nce", CPP[1].arguments | {name: value}) for name, value in LIMITS.items()),
         (
             "info_nce",
-            CPP[1].arguments | columns(keys(vectors=rows(N, D), special_column=None, group=torch.arange(N)[:, None], groups=2)),
+            CPP[1].arguments
+            | columns(keys(vectors=rows(N, D), special_column=None, group=torch.arange(N)[:, None], groups=2)),
         ),
         ("info_nce", CPP[1].arguments | columns(plain_keys(N + 1, D))),
         ("info_nce", CPP[1].arguments | {"symmetric": False} | columns(plain_keys(N - 1, D))),
@@ -314,7 +320,12 @@ def test_gradients_of_terms(name: str) -> None:
         ("info_nce", CPP[2].arguments | {"mixed_pairs": PAIRS - 1}),
         *(
             ("own_log_sum_exp", OWN_ROWS | OWN_NUMBERS | {"offsets": torch.tensor(offsets)})
-            for offsets in ([0, 2, 1, 3, 3, 8, S], [-1, 0, 2, 3, 3, 8, S], [0, 0, 2, 3, 3, 8, S + 1], [1, 1, 2, 3, 3, 8, S])
+            for offsets in (
+                [0, 2, 1, 3, 3, 8, S],
+                [-1, 0, 2, 3, 3, 8, S],
+                [0, 0, 2, 3, 3, 8, S + 1],
+                [1, 1, 2, 3, 3, 8, S],
+            )
         ),
         ("own_log_sum_exp", OWN_ROWS | OWN_NUMBERS | {"query_group": None}),
         ("own_log_sum_exp", OWN_ROWS | OWN_NUMBERS | {"query": rows(N, 0), "rows": rows(S, 0)}),
@@ -364,10 +375,17 @@ REGISTERED = [
         _problem(PLAIN) | STATISTICS | {"wanted": [True, True, False, False, True]} | CPP_BACKEND,
         ("key: dimension 0 larger", *UNREAD),
     ),
-    Call("log_sum_exp", _problem(INFO_NCE | {"limit": rows(N)}) | CPP_BACKEND, (*COLUMNS, "negatives: dimension 0", *UNREAD)),
+    Call(
+        "log_sum_exp",
+        _problem(INFO_NCE | {"limit": rows(N)}) | CPP_BACKEND,
+        (*COLUMNS, "negatives: dimension 0", *UNREAD),
+    ),
     Call(
         "log_sum_exp_backward",
-        _problem(INFO_NCE) | {n: rows(N) for n in ("negative", "negative_grad", "positive_grad")} | WANTED | CPP_BACKEND,
+        _problem(INFO_NCE)
+        | {n: rows(N) for n in ("negative", "negative_grad", "positive_grad")}
+        | WANTED
+        | CPP_BACKEND,
         (*COLUMNS, "negatives: dimension 0", *UNREAD),
     ),
     Call("own_log_sum_exp", OWN_ROWS | {"scale": torch.tensor(20.0), "hardness": 1.0} | CPP_BACKEND, ("scale",)),

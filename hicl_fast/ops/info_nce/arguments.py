@@ -186,7 +186,7 @@ def check_options(
     }
 
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "margin": 0.0,
     "symmetric": False,
     "same_group": "exclude",
@@ -235,9 +235,7 @@ def _check_groups(
     of_columns = {name: one for name, one in kinds.items() if one is not None and one.group is not None}
     if query_group is None:
         for name in of_columns:
-            raise ValueError(
-                f"query_group: expected an int64 tensor, since {name} has groups, got None"
-            )
+            raise ValueError(f"query_group: expected an int64 tensor, since {name} has groups, got None")
         return
     check.ids("query_group", query_group, query.shape[0], "a group for each query", query)
     if not of_columns:

@@ -128,9 +128,7 @@ def _average_of_directions(
         query_group=problem.key_group,
         key_group=problem.query_group,
     )
-    rows, columns = (
-        apply(one, reduction, backend, None, own, in_batch=in_batch) for one in (forward, exchanged)
-    )
+    rows, columns = (apply(one, reduction, backend, None, own, in_batch=in_batch) for one in (forward, exchanged))
     return rows._replace(loss=(rows.loss + columns.loss) / 2)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hicl_fast.ops.common.precision import brought_to
-from hicl_fast.ops.info_nce.problem import KindOfColumn, Gradients, Mixing, Problem, RowStatistics, Wanted
+from hicl_fast.ops.info_nce.problem import Gradients, KindOfColumn, Mixing, Problem, RowStatistics, Wanted
 from hicl_fast.ops.info_nce.rows import RowWeights
 
 MIXES_WHILE_SWEEPING = True  # `forward` takes a Mixing

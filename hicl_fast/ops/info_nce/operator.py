@@ -109,7 +109,9 @@ def checked(operator: str, flat: Sequence[Any], **others: tuple[Tensor, str]) ->
         raise ValueError(f"{operator}: negatives: expected at least {n} rows with hard_negative_weight")
     groups = (problem.key_group, problem.negatives_group, problem.bank_group)
     if (problem.query_group is None) != all(group is None for group in groups):
-        raise ValueError(f"{operator}: query_group: expected together with groups of columns, got one without the other")
+        raise ValueError(
+            f"{operator}: query_group: expected together with groups of columns, got one without the other"
+        )
     return problem
 
 

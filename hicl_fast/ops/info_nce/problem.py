@@ -140,14 +140,20 @@ class Problem:
     negatives: Tensor | None = _tensor("PD", optional=True)
     bank: Tensor | None = _tensor("BD", optional=True)
     extra_logits: Tensor | None = _tensor("NE", optional=True)
-    query_group: Tensor | None = _tensor("NG", optional=True)  # int64; where one of a column's G ids is the row's own, they
+    query_group: Tensor | None = _tensor(
+        "NG", optional=True
+    )  # int64; where one of a column's G ids is the row's own, they
     key_group: Tensor | None = _tensor("MG", optional=True)  # int64    are of one group
     negatives_group: Tensor | None = _tensor("PG", optional=True)  # int64
     bank_group: Tensor | None = _tensor("BG", optional=True)  # int64
-    limit: Tensor | None = _tensor("N", optional=True)  # a column whose similarity is larger is left out, unless it is a positive
+    limit: Tensor | None = _tensor(
+        "N", optional=True
+    )  # a column whose similarity is larger is left out, unless it is a positive
     false_negative_margin: float = math.inf  # likewise one above the positive's similarity plus this,
     false_negative_ratio: float = math.inf  # or above this times the positive's similarity, where that is above 0
-    key_hardness: float = 0.0  # times the similarity, held constant, is added to the logits of those that are no positives
+    key_hardness: float = (
+        0.0  # times the similarity, held constant, is added to the logits of those that are no positives
+    )
     negatives_hardness: float = 0.0
     bank_hardness: float = 0.0
     hard_negative_weight: float = 0.0  # added to the logit of row i's own negative; 0: no negative is anyone's own
@@ -178,7 +184,9 @@ class Problem:
             if bias:
                 own = Special.OWN_NEGATIVE
             groups, hardness = self._groups(self.negatives_group), self.negatives_hardness
-            kinds.append(KindOfColumn("negatives", self.negatives, wanted.negatives, own, None, bias, *groups, hardness))
+            kinds.append(
+                KindOfColumn("negatives", self.negatives, wanted.negatives, own, None, bias, *groups, hardness)
+            )
         if self.bank is not None:
             groups, hardness = self._groups(self.bank_group), self.bank_hardness
             kinds.append(KindOfColumn("bank", self.bank, False, Special.NOTHING, None, 0.0, *groups, hardness))

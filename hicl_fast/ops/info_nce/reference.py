@@ -256,11 +256,9 @@ def logits_of_rows(
 
     mean_positive = positive_logit
     if same_group == "positive":
-        total = sum(logits.masked_fill(~is_positive, 0.0).sum(dim=1) for logits, is_positive in positives)
-        mean_positive = total / sum(is_positive.sum(dim=1) for _, is_positive in positives)
-    return Logits(
-        torch.cat(denominator, dim=1), positive_logit, positive, torch.cat(competing, dim=1), mean_positive
-    )
+        logits, are_positive = (torch.cat(parts, dim=1) for parts in zip(*positives, strict=True))
+        mean_positive = logits.masked_fill(~are_positive, 0.0).sum(dim=1) / are_positive.sum(dim=1)
+    return Logits(torch.cat(denominator, dim=1), positive_logit, positive, torch.cat(competing, dim=1), mean_positive)
 
 
 def largest(similarity: Tensor) -> Tensor:  # (N, C) -> (N,)

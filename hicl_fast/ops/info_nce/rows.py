@@ -55,7 +55,9 @@ class RowWeights(NamedTuple):
     negative: Tensor  # by L; 0 where a row has no negative
     positive: Tensor  # by the positive's logit
     column: Tensor | None = None  # by the log-sum-exp down column i, in a symmetric loss
-    shift: Tensor | None = None  # by the positive's logit minus the mean logit of all positives, where there are several
+    shift: Tensor | None = (
+        None  # by the positive's logit minus the mean logit of all positives, where there are several
+    )
 
     @classmethod
     def of_loss(

@@ -16,7 +16,7 @@ from hicl_fast.ops.common.constants import Groups, Special
 from hicl_fast.ops.common.numbers import scale_on
 from hicl_fast.ops.common.precision import brought_to
 from hicl_fast.ops.common.unit_rows import UnitRows, row_dot
-from hicl_fast.ops.info_nce.problem import KindOfColumn, Gradients, Problem, RowStatistics, Wanted
+from hicl_fast.ops.info_nce.problem import Gradients, KindOfColumn, Problem, RowStatistics, Wanted
 from hicl_fast.ops.info_nce.rows import RowWeights, limits, with_margin
 
 # Up to ten temporaries of a chunk's size are in the allocator's hands at once; on a CPU, rows beyond some hundred gain nothing.

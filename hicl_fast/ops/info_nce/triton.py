@@ -235,7 +235,8 @@ class _Sweeps:
 
     def _of_kinds_with_positives(self, by_tile: Tensor) -> Tensor:  # (column tiles, R) -> (R,)
         kinds = zip(self.operands.kinds, self.sums.columns, strict=True)
-        return sum(by_tile[tiles].sum(dim=0) for kind, tiles in kinds if kind.rules.groups == Groups.POSITIVES)
+        with_positives = [tiles for kind, tiles in kinds if kind.rules.groups == Groups.POSITIVES]
+        return torch.cat([by_tile[tiles] for tiles in with_positives]).sum(dim=0)
 
     def gradients_of_loss(self, negative_lse: Tensor, column_lse: Tensor, loss_grad: Tensor) -> Gradients:
         """Of rows that weigh ``loss_grad`` (N,) in the loss."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from hicl_fast.ops.common.constants import SameGroup
@@ -79,6 +78,4 @@ def log_sum_exp(
         same_group=same_group,
         margin=margin,
     )
-    return RowLogits(
-        log_sum(logits.negative), logits.positive, logits.similarity.detach(), largest(logits.competing)
-    )
+    return RowLogits(log_sum(logits.negative), logits.positive, logits.similarity.detach(), largest(logits.competing))

@@ -124,7 +124,8 @@ def _backward(ctx: Any, lse_grad: Tensor | None, _: Any) -> tuple[Tensor | None,
         ]
 
     def value(*inputs: Tensor) -> Tensor:
-        return by_reference.log_sum_exp(replace(problem, **dict(zip(DIFFERENTIABLE, inputs, strict=True))))[0]
+        again = replace(problem, **dict(zip(DIFFERENTIABLE, inputs, strict=True)))  # type: ignore[arg-type]
+        return by_reference.log_sum_exp(again)[0]
 
     for name, gradient in zip(DIFFERENTIABLE, first_derivatives(compute, value, lse_grad, inputs), strict=True):
         placed[FIELDS.index(name)] = gradient

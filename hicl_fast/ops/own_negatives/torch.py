@@ -67,7 +67,9 @@ class _Sweep:
         """Logits and similarities of some rows, −∞ where a column is left out."""
         problem = self.problem
         group = None if problem.group is None else problem.group[rows]
-        some = Own(problem.query, problem.rows, problem.offsets, problem.scale, problem.limit, problem.query_group, group)
+        some = Own(
+            problem.query, problem.rows, problem.offsets, problem.scale, problem.limit, problem.query_group, group
+        )
         left_out = some.left_out(self.query_of_rows[rows], similarity)
         if left_out is not None:
             similarity = similarity.masked_fill(left_out, -torch.inf)

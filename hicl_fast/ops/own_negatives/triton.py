@@ -34,7 +34,9 @@ def backward(problem: Own, lse: Tensor, lse_grad: Tensor, wanted: Wanted) -> Gra
 
 def _columns(problem: Own) -> kernels.Columns:
     device = problem.query.device
-    query, rows = (row_kernels(device).normalise(x.detach().contiguous(), NORM_FLOOR) for x in (problem.query, problem.rows))
+    query, rows = (
+        row_kernels(device).normalise(x.detach().contiguous(), NORM_FLOOR) for x in (problem.query, problem.rows)
+    )
     has_groups = problem.query_group is not None and problem.group is not None
     return kernels.Columns(
         query=query,
