@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -80,16 +81,21 @@ def mine(
     corpus_text: Tensor | None = None,  # (M,) int64
     skip: int = 0,
     max_similarity: float | None = None,
+    false_negative_margin: float | None = None,
+    false_negative_ratio: float | None = None,
     device: str | None = None,
     backend: str = "auto",
 ) -> Iterator[Mined]:
-    """The k negatives of each query after the first ``skip``, none above ``max_similarity``.
+    """The k negatives of each query after the first ``skip``, none above its limits.
 
     Neither the query's own text nor that of any positive of the same query is a candidate, wherever it stands in the
     corpus, and of equal texts in the corpus the first alone is. A query may have fewer than k: there are no more, or with
-    ``max_similarity`` none among its 128 most similar rows, which are all that is looked at.
+    a limit none among its 128 most similar rows, which are all that is looked at.
 
     Args:
+        max_similarity: the limit of all queries.
+        false_negative_margin: m: a limit of the query's similarity with its positive plus m, where it has one.
+        false_negative_ratio: ρ: a limit of ρ times that similarity, where it has one and that is above 0.
         query_text, corpus_text: numbers that are equal where texts are; default: where all of a row's numbers are.
     """
     import torch
@@ -102,7 +108,9 @@ def mine(
     own, text, its_positive = query_text.tolist(), corpus_text.tolist(), positive.tolist()
     is_copy = _is_copy(corpus_text)
     num_texts = len(text) - int(is_copy.sum())
-    wanted = MOST if max_similarity is not None else skip + k
+    limits = (max_similarity, false_negative_margin, false_negative_ratio)
+    is_limited = any(limit is not None for limit in limits)
+    wanted = MOST if is_limited else skip + k
     corpus = corpus if device is None else corpus.to(device)
     for first in range(0, len(query), QUERIES_AT_A_TIME):
         block = query[first : first + QUERIES_AT_A_TIME].to(corpus.device)
@@ -110,15 +118,45 @@ def mine(
         num_found = min(wanted + most_avoided, MOST, num_texts)
         similarity, index = _nearest(block, corpus, num_found, is_copy, backend)
         _check_finite(block, similarity, first)
-        rows = zip(index.tolist(), similarity.tolist(), strict=True)
-        for at, (columns, values) in enumerate(rows, start=first):
+        limit = _limits(block, corpus, positive[first : first + len(block)], *limits)
+        rows = zip(index.tolist(), similarity.tolist(), limit, strict=True)
+        for at, (columns, values, most_similar) in enumerate(rows, start=first):
             avoid = avoided[own[at]]
             candidates = [pair for pair in zip(columns, values, strict=True) if text[pair[0]] not in avoid]
-            if len(candidates) < wanted and num_found == MOST and max_similarity is None:
+            if len(candidates) < wanted and num_found == MOST and not is_limited:
                 left_out = is_copy | torch.isin(corpus_text, torch.tensor(sorted(avoid)))
                 candidates = _alone(block[at - first], corpus, wanted, left_out, backend)
-            kept = [pair for pair in candidates[skip:] if max_similarity is None or pair[1] <= max_similarity][:k]
+            kept = [pair for pair in candidates[skip:] if not pair[1] > most_similar][:k]
             yield Mined(at, its_positive[at], [column for column, _ in kept], [value for _, value in kept])
+
+
+def _limits(
+    query: Tensor,  # (N, D)
+    corpus: Tensor,  # (M, D)
+    positive: Tensor,  # (N,) int64, NO_POSITIVE where a query has none
+    max_similarity: float | None,
+    margin: float | None,
+    ratio: float | None,
+) -> list[float]:
+    """What each query's negatives may be similar at most."""
+    import torch
+
+    from hicl_fast.ops.common.unit_rows import UnitRows, row_dot
+
+    limit = torch.full((len(query),), math.inf if max_similarity is None else max_similarity, dtype=torch.float64)
+    if margin is None and ratio is None:
+        return limit.tolist()
+    positive = positive.to(corpus.device)
+    with_positive = torch.where(positive == NO_POSITIVE, 0, positive)
+    unit_query, unit = (UnitRows.of(x, torch.float32).rows for x in (query, corpus[with_positive]))
+    similarity = row_dot(unit_query, unit).double().cpu()
+    from_positive = torch.full_like(limit, math.inf)
+    if margin is not None:
+        from_positive = similarity + margin
+    if ratio is not None:
+        from_positive = torch.where(similarity > 0, torch.minimum(from_positive, similarity * ratio), from_positive)
+    from_positive[positive.cpu() == NO_POSITIVE] = math.inf
+    return torch.minimum(limit, from_positive).tolist()
 
 
 def _nearest(
@@ -260,6 +298,8 @@ def _run(args: argparse.Namespace) -> Counts:
         corpus_text=corpus_text,
         skip=args.skip,
         max_similarity=args.max_similarity,
+        false_negative_margin=args.false_negative_margin,
+        false_negative_ratio=args.false_negative_ratio,
         device=args.device,
         backend=args.backend,
     )
@@ -378,6 +418,13 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise ValueError(f"skip: expected 0 to {MOST - args.k}, so that skip + k is at most {MOST}, got {args.skip}")
     if args.max_similarity is not None and not -1 <= args.max_similarity <= 1:
         raise ValueError(f"max_similarity: expected a cosine, -1 to 1, got {args.max_similarity}")
+    from hicl_fast.ops.info_nce.arguments import check_limits
+
+    for name in ("false_negative_margin", "false_negative_ratio"):
+        value = getattr(args, name)
+        if value is not None and args.positives is None:
+            raise ValueError(f"{name}: expected --positives, whose similarities it is measured by, got none")
+    check_limits(args.false_negative_margin, args.false_negative_ratio)
     if args.pooler_type is not None:
         from hicl_fast.trainer.token_pooling import POOLERS
 
@@ -443,6 +490,16 @@ def _parser() -> argparse.ArgumentParser:
         "--max_similarity",
         type=float,
         help="leave out what is more similar than this; a query's best 128 are looked at",
+    )
+    add(
+        "--false_negative_margin",
+        type=float,
+        help="leave out what is more similar than the query's positive plus this (Qwen3-Embedding: 0.1)",
+    )
+    add(
+        "--false_negative_ratio",
+        type=float,
+        help="leave out what is more similar than this times the query's positive (NV-Retriever: 0.95)",
     )
     add("--model_name_or_path", help="for text: a folder of sentence-transformers or of the trainer, or any encoder")
     add("--pooler_type", help="default: what the folder's modules.json or config says, otherwise avg")

@@ -80,6 +80,32 @@ def test_max_similarity(tmp_path: Path, arrays: tuple[Path, Path], capsys: pytes
     assert "7 had fewer and were left out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "limit_of"),
+    [
+        (["--false_negative_margin", "-0.2"], lambda positive: positive - 0.2),
+        (["--false_negative_ratio", "0.7"], lambda positive: 0.7 * positive),
+        (["--false_negative_ratio", "0.9", "--max_similarity", "0.4"], lambda positive: min(0.9 * positive, 0.4)),
+    ],
+    ids=["margin", "ratio", "ratio and limit"],
+)
+def test_limits_by_the_positive(
+    tmp_path: Path, arrays: tuple[Path, Path], options: list[str], limit_of: Callable[[float], float]
+) -> None:
+    similarity, index = exact(arrays, 128)
+    places = [0, 1, 2, 3, 4, 5, 6]
+    target = [row[place] for row, place in zip(index, places, strict=True)]
+    (tmp_path / "positives.txt").write_text("".join(f"{t}\n" for t in target[:-1]) + "-\n")
+    records = run(tmp_path, *files(arrays), "--positives", str(tmp_path / "positives.txt"), "--k", "3", *options)
+    assert len(records) == 7
+    for record, row, values, place in zip(records, index, similarity, places, strict=True):
+        has_positive = record["positive"] is not None
+        limit = limit_of(values[place]) if has_positive else 0.4 if "--max_similarity" in options else 1.0
+        avoided = {record["positive"]}
+        allowed = [j for j, s in zip(row, values, strict=True) if s <= limit and j not in avoided]
+        assert record["negatives"] == allowed[:3]
+
+
 class Letters:
     """How often each letter occurs."""
 
@@ -297,6 +323,8 @@ def test_permissions(tmp_path: Path, arrays: tuple[Path, Path]) -> None:
         (["--k", "0"], "k: expected 1 to 128, got 0"),
         (["--k", "100", "--skip", "29"], "skip: expected 0 to 28"),
         (["--max_similarity", "2"], "max_similarity: expected a cosine"),
+        (["--false_negative_margin", "0.1"], "false_negative_margin: expected --positives"),
+        (["--false_negative_ratio", "0.9"], "false_negative_ratio: expected --positives"),
         (["--corpus", "nowhere.npy"], "corpus: expected a file, but nowhere.npy is not there"),
         (["--output", "nowhere/out.jsonl"], "output: expected a file in a folder that is there"),
         (["--positives", "POSITIVES"], "positives: expected 7 lines, one for each query, got 2"),

@@ -183,7 +183,10 @@ def _with_ring(
     **options: Any,
 ) -> JoinedLoss:
     """The rank's own keys by the operator, with all others' log-sum-exp as one more logit of each row."""
-    limits: dict[str, Any] = {"false_negative_margin": false_negative_margin, "false_negative_ratio": false_negative_ratio}
+    limits: dict[str, Any] = {
+        "false_negative_margin": false_negative_margin,
+        "false_negative_ratio": false_negative_ratio,
+    }
     foreign = [x for x in (negatives, key) if x is not None]
     block = torch.cat([x.rows for x in foreign]) if len(foreign) > 1 else key.rows
     travelling = {name: _travelling(x, ranks, same_group) for name, x in (("key", key), ("negatives", negatives))}

@@ -33,7 +33,7 @@ class NegativeQueue(Stateful):
     ADDED = ("group",)
 
     storage: Tensor  # (size, D) once something was pushed, (0, 0) before
-    group: Tensor  # (size,) int64 once something was pushed with groups, (0,) before
+    group: Tensor  # (size,) or (size, G) int64 once something was pushed with groups, (0,) before
     pushed: int  # rows ever pushed
 
     def __init__(self, size: int) -> None:
@@ -53,7 +53,7 @@ class NegativeQueue(Stateful):
 
     @torch.compiler.disable
     def groups(self) -> Tensor | None:
-        """The stored rows' groups (len(self),) int64, in the order of :meth:`rows`; ``None`` while none has one.
+        """The stored rows' groups (len(self),) or (len(self), G) int64, in the order of :meth:`rows`; ``None`` while none has one.
 
         A row that was pushed without a group has −2⁶³ and counts as nobody's.
         """
@@ -63,14 +63,22 @@ class NegativeQueue(Stateful):
     @torch.inference_mode(False)  # what is kept must be of use to training, whatever mode it comes from
     @torch.no_grad()
     def push(self, rows: Tensor, group: Tensor | None = None) -> None:
-        """Store the rows (N, D), and their groups (N,) int64, in place of the oldest. Of more than ``size`` the last are kept."""
+        """Store the rows (N, D), and their groups, (N,) int64 or (N, G), in place of the oldest.
+
+        Of more than ``size`` the last are kept. The first groups fix how many relations there are.
+        """
         if isinstance(rows, Tensor):
             rows = unwrapped(rows)
         check.floating_matrix("rows", rows, "(N, D)")
         if isinstance(group, Tensor):
             group = unwrapped(group)
         if group is not None:
-            check.index_vector("group", group, len(rows), "a group for each row", rows)
+            check.ids("group", group, len(rows), "a group for each row", rows)
+            if len(self.group) and group.shape[1:] != self.group.shape[1:]:
+                raise ValueError(
+                    f"group: expected shape {(len(rows), *self.group.shape[1:])}, as pushed before, "
+                    f"got {check.describe(group)}"
+                )
         if self.storage.numel() == 0:
             self.storage = rows.new_zeros(self.size, rows.shape[1])
         if rows.shape[1] != self.storage.shape[1]:
@@ -78,10 +86,10 @@ class NegativeQueue(Stateful):
                 f"rows: expected length {self.storage.shape[1]}, as pushed before, got {check.describe(rows)}"
             )
         if group is not None and len(self.group) == 0:
-            self.group = torch.full_like(self.storage[:, 0], NOBODY, dtype=torch.int64)
+            self.group = group.new_full((self.size, *group.shape[1:]), NOBODY)
         self.storage = self._with_latest(self.storage, rows)
         if len(self.group):
-            nobody = rows.new_full((len(rows),), NOBODY, dtype=torch.int64)
+            nobody = self.group.new_full((len(rows), *self.group.shape[1:]), NOBODY)
             self.group = self._with_latest(self.group, nobody if group is None else group)
         self.pushed += min(len(rows), self.size)
 

@@ -239,7 +239,7 @@ def names_taken_for_granted() -> dict[str, Any]:
     query, key = (torch.randn(8, 16, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     views = {"z1": query.requires_grad_(), "z2": key, "query": query, "key": key}
     losses = {name: getattr(hicl_fast, name) for name in ("FusedInfoNCELoss", "FusedHiCLLoss")}
-    return {**views, **losses, "torch": torch, "Tensor": torch.Tensor, "Measured": Measured}
+    return {**views, **losses, "torch": torch, "HF": hicl_fast.functional, "Tensor": torch.Tensor, "Measured": Measured}
 
 
 # Pages whose Python needs more than tensors, and what runs it.

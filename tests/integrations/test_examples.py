@@ -14,6 +14,7 @@ PACKAGES = {
     "sentence_transformers_hnm": "sentence_transformers",
     "sentence_transformers_trainer": "datasets",
     "simcse": "tokenizers",
+    "duplicate_texts": "tokenizers",
     "hicl_long_documents": "tokenizers",
 }
 
@@ -22,6 +23,7 @@ PACKAGES = {
     "name",
     [
         "simcse",
+        "duplicate_texts",
         "sentence_transformers_hnm",
         "sentence_transformers_trainer",
         "hicl_long_documents",

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -29,6 +30,25 @@ def views(seed: int = 0, n: int = 6, noise: float = 0.3) -> tuple[Tensor, Tensor
     return query, query + noise * torch.randn(n, 12, generator=generator, dtype=torch.float64)
 
 
+def test_several_relations() -> None:
+    queue, ids = NegativeQueue(3), torch.tensor([[1, 10], [2, 20]])
+    queue.push(torch.randn(1, 4))
+    queue.push(torch.randn(2, 4), ids)
+    assert queue.groups()[1:].tolist() == ids.tolist() and queue.groups().shape == (3, 2)
+    with pytest.raises(ValueError, match=r"group: expected shape \(2, 2\), as pushed before"):
+        queue.push(torch.randn(2, 4), ids[:, 0])
+    other = NegativeQueue(3)
+    other.load_state_dict(queue.state_dict())
+    assert torch.equal(other.groups(), queue.groups())
+    # A row that shares either id with the query is left out.
+    query, key = torch.randn(2, 4), torch.randn(2, 4)
+    loss = HF.info_nce(query, key, bank=queue.rows(), bank_group=queue.groups(), query_group=ids, key_group=ids + 100)
+    both = F.normalize(query) @ F.normalize(queue.rows()).T
+    first = torch.tensor([[True, False, True], [True, True, False]])
+    logits = torch.cat([F.normalize(query) @ F.normalize(key).T, both.masked_fill(~first, -torch.inf)], dim=1) / 0.05
+    torch.testing.assert_close(loss, F.cross_entropy(logits, torch.arange(2)))
+
+
 def test_each_row_keeps_its_group() -> None:
     queue = NegativeQueue(5)
     numbers = torch.arange(24.0).reshape(12, 2)
@@ -44,7 +64,7 @@ def test_each_row_keeps_its_group() -> None:
         assert torch.equal(groups[grouped], rows[grouped, 0].long()) and (groups[~grouped] == -(2**63)).all()
     queue.push(numbers[:9], torch.arange(9))  # more than it holds
     assert sorted(queue.groups().tolist()) == [4, 5, 6, 7, 8]
-    with pytest.raises(ValueError, match=r"group: expected shape \(2,\), a group for each row"):
+    with pytest.raises(ValueError, match=r"group: expected shape \(2,\) or \(2, G\), a group for each row"):
         queue.push(numbers[:2], torch.arange(3))
     with pytest.raises(TypeError, match="group: expected an int64 tensor"):
         queue.push(numbers[:2], torch.arange(2.0))

@@ -117,6 +117,39 @@ def test_duplicate_texts_are_left_out_by_their_ids(backend: str) -> None:
     assert mask.sum() == 4
 
 
+@pytest.mark.parametrize("rule", ["hard keys", "hard negatives", "own negatives", "groups", "own negatives' weight"])
+def test_mixtures_beside_them(rule: str, backend: str) -> None:
+    """The loss with mixtures is the loss with their logits as further ones."""
+    case = draw({rule})
+    pairs = HF.random_pairs(rules.N, 4, 3, seed=0)
+    groups = {name: case[name] for name in ("query_group", "key_group") if name in case}
+    _, index = HF.hard_negatives(case["query"], case["key"], 3, backend="torch", **groups)
+
+    def apart(c: Case) -> Tensor:
+        query, key, temperature = c["query"], c["key"], c["temperature"]
+        mixed = reference.mixed_negative_logits(query, key, index, pairs, alpha=0.3, temperature=temperature)
+        return reference.info_nce(**c | {"extra_logits": torch.cat([c["extra_logits"], mixed], dim=1)})
+
+    exact = evaluate(apart, case)
+    mixing = HF.Mixing(3, pairs, 0.3)
+    got = evaluate(lambda c: fused(HF.info_nce, c, mixing=mixing, backend=backend), case)
+    for what, expected in exact.items():
+        assert relative_error(got[what], expected) < 1e-9, what
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("limit", "mixing: expected None with a limit"),
+        ("relations", "mixing: expected None with several relations"),
+        ("no batch", "mixing: expected None with in_batch=False"),
+    ],
+)
+def test_what_does_not_go_with_mixtures(rule: str, message: str, backend: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fused(HF.info_nce, draw({rule}), mixing=HF.Mixing(3, HF.random_pairs(rules.N, 4, 3, seed=0)), backend=backend)
+
+
 @pytest.mark.parametrize("name", ["negative", "positive"])
 def test_one_upstream_gradient_alone(name: str, backend: str) -> None:
     case = draw(set(OF_ROWS) - {"groups", "own negatives"})
