@@ -24,7 +24,7 @@ PAIRS = [
 ]
 
 
-def ids_of(texts: list[tuple[str, ...]]) -> Tensor:  # (N, 2) int64
+def ids_of(texts: list[tuple[str, str]]) -> Tensor:  # (N, 2) int64
     """A number for each text, the same where texts are."""
     numbers: dict[str, int] = {}
     return torch.tensor([[numbers.setdefault(text, len(numbers)) for text in row] for row in texts])

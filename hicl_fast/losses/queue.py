@@ -53,7 +53,9 @@ class NegativeQueue(Stateful):
 
     @torch.compiler.disable
     def groups(self) -> Tensor | None:
-        """The stored rows' groups (len(self),) or (len(self), G) int64, in the order of :meth:`rows`; ``None`` while none has one.
+        """The stored rows' groups (len(self),) int64, or (len(self), G), in the order of :meth:`rows`.
+
+        ``None`` while none has one.
 
         A row that was pushed without a group has −2⁶³ and counts as nobody's.
         """
