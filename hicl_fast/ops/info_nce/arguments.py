@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,14 +51,33 @@ class OwnNegatives:
     hardness: float = field(default=0.0, kw_only=True)
 
 
-def columns_of(name: str, given: Tensor | Columns, group: Tensor | None = None) -> Columns:
-    """An argument as Columns, with the group that came as an argument of its own."""
+class _Parts(NamedTuple):
+    """A kind of column as it was given, taken apart."""
+
+    rows: Tensor | None  # (C, D)
+    group: Tensor | None  # (C,) or (C, G) int64
+    hardness: float
+
+
+_NOTHING = _Parts(None, None, 0.0)
+
+
+def _parts(name: str, given: Tensor | Columns | None, group: Tensor | None = None) -> _Parts:
+    if given is None:
+        return _NOTHING
     if not isinstance(given, Columns):
-        return Columns(given, group=group)
+        return _Parts(given, group, 0.0)
     if given.group is not None and group is not None:
         raise ValueError(f"{name}_group: expected None with a group in {name}, got {check.describe(group)}")
     check.non_negative_number(f"{name}.hardness", given.hardness)
-    return given if group is None else Columns(given.rows, group=group, hardness=given.hardness)
+    return _Parts(given.rows, given.group if group is None else group, float(given.hardness))
+
+
+def columns_of(name: str, given: Tensor | Columns, group: Tensor | None = None) -> Columns:
+    """An argument as Columns, with the group that came as an argument of its own."""
+    rows, group, hardness = _parts(name, given, group)
+    assert rows is not None
+    return Columns(rows, group=group, hardness=hardness)
 
 
 def problem_of(
@@ -75,49 +94,77 @@ def problem_of(
     query_group: Tensor | None = None,
     key_group: Tensor | None = None,
     bank_group: Tensor | None = None,
-    **given: Any,
+    margin: float = 0.0,
+    symmetric: bool = False,
+    same_group: str = "exclude",
+    reduction: str = "mean",
+    hard_negative_weight: float = 0.0,
+    false_negative_margin: float | None = None,
+    false_negative_ratio: float | None = None,
+    in_batch: bool = True,
+    precision: str | None = None,
+    backend: str = "auto",
 ) -> Problem:
-    """All arguments checked but the own negatives, for which see :func:`own_of`; what is ``given`` beside them are
-    options of :func:`check_options`."""
-    options = DEFAULTS | given
-    keys = columns_of("key", key, key_group)
-    explicit = None if negatives is None else columns_of("negatives", negatives)
-    queue = None if bank is None else columns_of("bank", bank, bank_group)
-    rows = [None if one is None else one.rows for one in (keys, explicit, queue)]
-    check_matrices(query, keys.rows, *rows[1:])
-    check_rows(query, keys.rows, target, extra_logits)
-    check_options(**options)
+    """All arguments checked but the own negatives themselves, for which see :func:`own_of`."""
+    keys, explicit, queue = (
+        _parts("key", key, key_group),
+        _parts("negatives", negatives),
+        _parts("bank", bank, bank_group),
+    )
+    check_matrices(query, keys.rows, explicit.rows, queue.rows)  # type: ignore[arg-type]
+    rows: Tensor = keys.rows  # type: ignore[assignment]
+    check_rows(query, rows, target, extra_logits)
+    check_options(
+        margin=margin,
+        symmetric=symmetric,
+        same_group=same_group,
+        reduction=reduction,
+        hard_negative_weight=hard_negative_weight,
+        false_negative_margin=false_negative_margin,
+        false_negative_ratio=false_negative_ratio,
+        in_batch=in_batch,
+        precision=precision,
+        backend=backend,
+    )
     if limit is not None:
         check.floating_vector("limit", limit, query.shape[0], "a number for each query", query)
     if bank_group is not None and bank is None:
         raise ValueError(f"bank_group: expected None without a bank, got {check.describe(bank_group)}")
-    own = own_negatives if isinstance(own_negatives, OwnNegatives) else None
-    kinds = {"key": keys, "negatives": explicit, "bank": queue, "own_negatives": own}
-    _check_groups(query, query_group, kinds, options["same_group"])
-    _check_combinations(query, keys, explicit, queue, target, options)
+    own = _Parts(own_negatives.rows, own_negatives.group, 0.0) if isinstance(own_negatives, OwnNegatives) else _NOTHING
+    if not query_group is keys.group is explicit.group is queue.group is own.group is None:
+        kinds = {"key": keys, "negatives": explicit, "bank": queue, "own_negatives": own}
+        groups = {name: (one.group, one.rows) for name, one in kinds.items() if one.group is not None}
+        _check_groups(query, query_group, groups, same_group)  # type: ignore[arg-type]
+    if hard_negative_weight != 0.0:
+        _check_weight(hard_negative_weight, query, explicit, same_group)
+    if symmetric and (query.shape[0] != rows.shape[0] or target is not None):
+        came = f"{query.shape[0]} queries and {rows.shape[0]} keys" if target is None else "a target"
+        raise ValueError(f"symmetric: expected as many queries as keys and no target, got {came}")
+    if same_group == "positive":
+        _check_hardness({"key": keys, "negatives": explicit, "bank": queue})
     return Problem(
         query=query,
-        key=keys.rows,
-        scale=scale_of(temperature, query, keys.rows, *rows[1:], extra_logits),
+        key=rows,
+        scale=scale_of(temperature, query, rows, explicit.rows, queue.rows, extra_logits),
         target=target,
-        negatives=rows[1],
-        bank=None if rows[2] is None else rows[2].detach(),
+        negatives=explicit.rows,
+        bank=None if queue.rows is None else queue.rows.detach(),
         extra_logits=extra_logits,
         query_group=by_relation(query_group),
         key_group=by_relation(keys.group),
-        negatives_group=None if explicit is None else by_relation(explicit.group),
-        bank_group=None if queue is None else by_relation(queue.group),
+        negatives_group=by_relation(explicit.group),
+        bank_group=by_relation(queue.group),
         limit=None if limit is None else limit.detach(),
-        false_negative_margin=_or_infinity(options["false_negative_margin"]),
-        false_negative_ratio=_or_infinity(options["false_negative_ratio"]),
-        key_hardness=float(keys.hardness),
-        negatives_hardness=0.0 if explicit is None else float(explicit.hardness),
-        bank_hardness=0.0 if queue is None else float(queue.hardness),
-        hard_negative_weight=float(options["hard_negative_weight"]),
-        same_group=options["same_group"],
-        margin=float(options["margin"]),
-        symmetric=options["symmetric"],
-        precision=options["precision"] or "default",
+        false_negative_margin=_or_infinity(false_negative_margin),
+        false_negative_ratio=_or_infinity(false_negative_ratio),
+        key_hardness=keys.hardness,
+        negatives_hardness=explicit.hardness,
+        bank_hardness=queue.hardness,
+        hard_negative_weight=float(hard_negative_weight),
+        same_group=same_group,
+        margin=float(margin),
+        symmetric=symmetric,
+        precision=precision or "default",
     )
 
 
@@ -186,18 +233,6 @@ def check_options(
     }
 
 
-DEFAULTS: dict[str, Any] = {
-    "margin": 0.0,
-    "symmetric": False,
-    "same_group": "exclude",
-    "reduction": "mean",
-    "hard_negative_weight": 0.0,
-    "false_negative_margin": None,
-    "false_negative_ratio": None,
-    "in_batch": True,
-    "precision": None,
-    "backend": "auto",
-}
 OPTIONS = tuple(inspect.signature(check_options).parameters)
 
 
@@ -229,21 +264,18 @@ def by_relation(group: Tensor | None) -> Tensor | None:  # (C,) or (C, G) -> (C,
 
 
 def _check_groups(
-    query: Tensor, query_group: Tensor | None, kinds: dict[str, Columns | OwnNegatives | None], same_group: str
+    query: Tensor, query_group: Tensor | None, groups: dict[str, tuple[Tensor, Tensor]], same_group: str
 ) -> None:
-    """Each with an id for each row, all of one number of relations."""
-    of_columns = {name: one for name, one in kinds.items() if one is not None and one.group is not None}
+    """Each with an id for each row, all of one number of relations. By kind of column: groups (C,) or (C, G), rows (C, D)."""
     if query_group is None:
-        for name in of_columns:
-            raise ValueError(f"query_group: expected an int64 tensor, since {name} has groups, got None")
-        return
+        name = next(iter(groups))
+        raise ValueError(f"query_group: expected an int64 tensor, since {name} has groups, got None")
     check.ids("query_group", query_group, query.shape[0], "a group for each query", query)
-    if not of_columns:
+    if not groups:
         raise ValueError("key_group: expected an int64 tensor, since the other side's groups are given, got None")
     relations = query_group.shape[1] if query_group.dim() == 2 else 1
-    for name, one in of_columns.items():
-        group: Tensor = one.group  # type: ignore[assignment]
-        check.ids(f"{name}_group", group, one.rows.shape[0], "a group for each of its rows", query)
+    for name, (group, rows) in groups.items():
+        check.ids(f"{name}_group", group, rows.shape[0], "a group for each of its rows", query)
         if (came := group.shape[1] if group.dim() == 2 else 1) != relations:
             raise ValueError(
                 f"{name}_group: expected {relations} relation{'s' * (relations > 1)}, as query_group has, got {came}"
@@ -252,25 +284,21 @@ def _check_groups(
         raise ValueError(f"query_group: expected one relation with same_group='positive', got {relations}")
 
 
-def _check_combinations(
-    query: Tensor, keys: Columns, explicit: Columns | None, queue: Columns | None, target: Tensor | None, options: Any
-) -> None:
-    if options["hard_negative_weight"] != 0.0:
-        if explicit is None or explicit.rows.shape[0] < query.shape[0]:
-            came = "no negatives" if explicit is None else f"{explicit.rows.shape[0]} negatives"
-            raise ValueError(
-                f"hard_negative_weight: expected one negative for each of the {query.shape[0]} queries, got {came}"
-            )
-        if explicit.group is not None and options["same_group"] == "positive":
-            raise ValueError(
-                "hard_negative_weight: expected 0 where groups make positives of explicit negatives, "
-                f"got {options['hard_negative_weight']}"
-            )
-    if options["symmetric"] and (query.shape[0] != keys.rows.shape[0] or target is not None):
-        came = f"{query.shape[0]} queries and {keys.rows.shape[0]} keys" if target is None else "a target"
-        raise ValueError(f"symmetric: expected as many queries as keys and no target, got {came}")
-    for name, one in (("key", keys), ("negatives", explicit), ("bank", queue)):
-        if one is not None and one.hardness and one.group is not None and options["same_group"] == "positive":
+def _check_weight(weight: float, query: Tensor, explicit: _Parts, same_group: str) -> None:
+    if explicit.rows is None or explicit.rows.shape[0] < query.shape[0]:
+        came = "no negatives" if explicit.rows is None else f"{explicit.rows.shape[0]} negatives"
+        raise ValueError(
+            f"hard_negative_weight: expected one negative for each of the {query.shape[0]} queries, got {came}"
+        )
+    if explicit.group is not None and same_group == "positive":
+        raise ValueError(
+            f"hard_negative_weight: expected 0 where groups make positives of explicit negatives, got {weight}"
+        )
+
+
+def _check_hardness(kinds: dict[str, _Parts]) -> None:
+    for name, one in kinds.items():
+        if one.hardness and one.group is not None:
             raise ValueError(
                 f"{name}.hardness: expected 0 with same_group='positive', since it is of negatives alone, "
                 f"got {one.hardness}"

@@ -214,8 +214,8 @@ class Problem:
         return tuple([getattr(self, name) for name in DIFFERENTIABLE])
 
     def constants(self) -> tuple[Tensor | None, ...]:
-        """The tensors that can have none."""
-        return tuple([getattr(self, name) for name in _SHAPES if name not in DIFFERENTIABLE])
+        """The tensors that can have none, as far as there are any."""
+        return tuple([x for name in _CONSTANTS if (x := getattr(self, name)) is not None])
 
     def flat(self) -> list[Any]:
         """As the registered operators take it."""
@@ -267,6 +267,8 @@ FIELDS = [one.name for one in fields(Problem)]
 _SHAPES = {
     one.name: one.metadata["shape"] for one in fields(Problem) if "shape" in one.metadata and one.name != "scale"
 }
+
+_CONSTANTS = [name for name in _SHAPES if name not in DIFFERENTIABLE]
 
 # As torch.library writes the fields of a call, and its gradients.
 _SCHEMA_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "float": "float", "str": "str", "bool": "bool"}
