@@ -168,6 +168,7 @@ SHORT: dict[str, Short] = {
     "python -m hicl_fast.analysis": module("--grid 4 --samples 5 --steps 2"),
     "python benchmarks/loss_throughput.py": program(SMALL, "--batch-sizes 8 --rivals eager"),
     "python benchmarks/hard_negatives.py": program(SMALL, "--batch-sizes 12 -k 4 --num-mixed 5 --rivals none"),
+    "python benchmarks/rules.py": program(SMALL, "--batch-sizes 12"),
     "python benchmarks/paradigm.py": program(SMALL, "--batch-sizes 12 --objectives mpt mhe"),
     "python benchmarks/training_table.py": training_table,
     "python -m tools.breaks": breaks,
