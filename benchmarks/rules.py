@@ -124,7 +124,7 @@ def measure(args: argparse.Namespace, batch_size: int, place: torch.device, resu
     query, key = (torch.randn(batch_size, args.dim, generator=generator, device=place) for _ in range(2))
     own = torch.randn(batch_size, NUM_OWN, args.dim, generator=generator, device=place)
     ids = torch.arange(batch_size, device=place)[:, None] // torch.tensor([2, 3], device=place)
-    inputs = tuple(x.requires_grad_() for x in (query, key, own))
+    inputs = query.requires_grad_(), key.requires_grad_(), own.requires_grad_()
 
     losses: dict[str, tuple[Loss, str]] = {}
     for backend in args.backends:
@@ -175,7 +175,7 @@ def check(loss: Loss, rule: str, query: Tensor, key: Tensor, own: Tensor, ids: T
 
 def _reference(rule: str, query: Tensor, key: Tensor, own: Tensor, ids: Tensor) -> Tensor:
     offsets = torch.arange(len(query) + 1, device=query.device) * own.shape[1]
-    own_negatives = {"own_negatives": own.flatten(0, 1), "own_offsets": offsets}
+    own_negatives: dict[str, object] = {"own_negatives": own.flatten(0, 1), "own_offsets": offsets}
     if rule.startswith("log_sum_exp"):
         rows = reference.log_sum_exp(query, key, temperature=TEMPERATURE)
         return (rows.negative - rows.positive).mean()

@@ -204,6 +204,14 @@ class FusedInfoNCELoss(nn.Module):
         for name, mixing in (("hard_negative_mixing", hard_negative_mixing), ("positive_mixing", positive_mixing)):
             if symmetric and mixing is not None:
                 raise ValueError(f"{name}: expected None with symmetric=True, since a mixture has one direction")
+        if hard_negative_mixing is not None and (false_negative_margin, false_negative_ratio, in_batch) != (
+            None,
+            None,
+            True,
+        ):
+            raise ValueError(
+                "hard_negative_mixing: expected None with a limit or in_batch=False, which leave out the keys that it mixes"
+            )
         self.temperature = Temperature(temperature, learnable_temperature, max_logit_scale)
         vars(self).update(options)
         self.queue = NegativeQueue(queue_size) if queue_size else None

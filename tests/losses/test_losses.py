@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import hicl_fast.functional as HF
-from hicl_fast import FusedHiCLLoss, FusedInfoNCELoss, NegativeQueue, SegmentPooling, reference
+from hicl_fast import FusedHiCLLoss, FusedInfoNCELoss, HardNegativeMixing, NegativeQueue, SegmentPooling, reference
 
 
 def segments() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -113,3 +115,11 @@ def test_pooling_module() -> None:
     torch.testing.assert_close(SegmentPooling("mean")(h, offsets), reference.segment_pool(h, offsets))
     with pytest.raises(ValueError, match="lengths: "):
         SegmentPooling()(h, offsets)
+
+
+@pytest.mark.parametrize(
+    "options", [{"false_negative_margin": 0.1}, {"false_negative_ratio": 0.9}, {"in_batch": False}]
+)
+def test_rules_that_leave_nothing_to_mix(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="hard_negative_mixing: expected None with a limit or in_batch=False"):
+        FusedInfoNCELoss(hard_negative_mixing=HardNegativeMixing(), **options)

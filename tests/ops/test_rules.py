@@ -220,10 +220,20 @@ def test_forward_mode_and_functions(backend: str) -> None:
     torch.testing.assert_close(torch.func.grad(total)(case["query"]), expected)
 
 
-@pytest.mark.parametrize("names", [("limit", "relations", "hard keys"), ("margin of false negatives",)], ids=", ".join)
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("limit", "relations", "hard keys"),
+        ("margin of false negatives",),
+        ("own negatives", "limit"),
+        ("no batch", "own negatives", "relations"),
+    ],
+    ids=", ".join,
+)
 def test_compiled(names: tuple[str, ...], backend: str) -> None:
     case = rules.typed(draw(names), torch.float32)
     for operator in (HF.log_sum_exp, HF.info_nce):
+        torch._dynamo.reset()
         compiled = torch.compile(lambda c: fused(operator, c, backend=backend), fullgraph=True, backend="aot_eager")  # noqa: B023
         eager = evaluate(lambda c: fused(operator, c, backend=backend), case)  # noqa: B023
         for what, got in evaluate(compiled, case).items():
