@@ -186,7 +186,7 @@ def _reference(rule: str, query: Tensor, key: Tensor, own: Tensor, ids: Tensor) 
         "own negatives": own_negatives,
         "own, in_batch=False": {**own_negatives, "in_batch": False},
     }
-    return reference.info_nce(query, key, temperature=TEMPERATURE, **options[rule])  # type: ignore[arg-type]
+    return reference.info_nce(query, key, temperature=TEMPERATURE, **options[rule])
 
 
 if __name__ == "__main__":

@@ -90,6 +90,12 @@ def joined_info_nce(
     result = score(query, key, negatives, ranks, target=target, reduction=reduction, **options)
     if symmetric:
         exchanged = key._replace(hardness=0.0), query._replace(hardness=key.hardness)
+        if key.group is None:  # then nothing is of a row's group
+            exchanged = exchanged[0], exchanged[1]._replace(group=None)
+            negatives = None if negatives is None else negatives._replace(group=None)
+            for name in ("gathered_negatives", "own_negatives"):
+                if isinstance(options.get(name), (HF.Columns, HF.OwnNegatives)):
+                    options[name] = replace(options[name], group=None)
         columns = score(*exchanged, negatives, ranks, target=None, reduction=reduction, **options)
         result = result._replace(loss=(result.loss + columns.loss) / 2)
     weight = _weight(query.shares, ranks, reduction)

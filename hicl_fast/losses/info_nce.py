@@ -20,7 +20,15 @@ from hicl_fast.losses.queue import NegativeQueue
 from hicl_fast.losses.temperature import MAX_LOGIT_SCALE, Temperature
 from hicl_fast.ops.common.autograd import unwrapped
 from hicl_fast.ops.common.constants import Reduction, SameGroup
-from hicl_fast.ops.info_nce.arguments import OPTIONS, check_options, check_own_negatives, columns_of, own_of, problem_of
+from hicl_fast.ops.info_nce.arguments import (
+    OPTIONS,
+    check_in_batch,
+    check_options,
+    check_own_negatives,
+    columns_of,
+    own_of,
+    problem_of,
+)
 
 _NOT_SHOWN = ("hard_negative_weight", "precision", "backend")  # of the options, in a loss's representation
 
@@ -79,11 +87,14 @@ class Given(NamedTuple):
             own_negatives=self.own_negatives,
             query_group=self.query_group,
             key_group=self.key_group,
+            **loss._queued(self.query_group),
             **options,
         )
         problem.check_values()
         if (own := own_of(problem, self.own_negatives)) is not None:
             own.check_values()
+        if not loss.in_batch:
+            check_in_batch(problem, own)
 
     def described(self, loss: FusedInfoNCELoss) -> tuple[dict[str, int], dict[str, object]]:
         """How many rows there are, and what has to be the same on all ranks."""

@@ -26,6 +26,7 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "target": ({}, {"target", "groups"}),
     "everything": ({"false_negative_margin": 0.05}, {"own", "relations", "negatives", "hardness", "target"}),
     "symmetric": ({"symmetric": True, "false_negative_margin": 0.05}, {"own", "relations", "negatives", "hardness"}),
+    "symmetric, no groups of keys": ({"symmetric": True}, {"own", "relations", "negatives", "keys without"}),
     "rows": ({"reduction": "none"}, {"relations", "negatives", "hardness"}),
     "own negatives' weight": ({"hard_negative_weight": 0.7}, {"negatives", "relations", "hardness"}),
     "no batch": ({"in_batch": False}, {"own", "negatives", "target"}),
@@ -59,6 +60,8 @@ def arguments(case: str, part: dict[str, Any], rows: dict[str, Tensor]) -> dict[
 
     def columns(name: str) -> HF.Columns:
         group = ids.get(name) if name == "key" or "relations" in rules else None
+        if name == "key" and "keys without" in rules:
+            group = None
         return HF.Columns(rows[name], group=group, hardness=3.0 if "hardness" in rules else 0.0)
 
     found = {"query": rows["query"], "key": columns("key"), "query_group": ids.get("query")}
@@ -125,3 +128,15 @@ def test_it_is_that_of_the_joined_batch(cluster: Cluster, case: str, gather: Any
         share = 1 if options.get("reduction") == "none" else cluster.size
         for name, gradient in found.items():
             torch.testing.assert_close(gradient, share * gradients[name][rank], msg=lambda m, name=name: f"{name}: {m}")
+
+
+def without_columns_on_rank(rank: int, size: int) -> str:
+    own = torch.ones(2, 1, 3) if rank else None
+    with pytest.raises(ValueError) as raised:
+        FusedInfoNCELoss(in_batch=False, gather=True)(torch.ones(2, 3), torch.ones(2, 3), own_negatives=own)
+    return str(raised.value)
+
+
+def test_all_ranks_hear_of_one_without_columns(cluster: Cluster) -> None:
+    for told in cluster.run(without_columns_on_rank):
+        assert "rank 0: ValueError: in_batch: expected True without own negatives" in told

@@ -150,6 +150,22 @@ def test_what_does_not_go_with_mixtures(rule: str, message: str, backend: str) -
         fused(HF.info_nce, draw({rule}), mixing=HF.Mixing(3, HF.random_pairs(rules.N, 4, 3, seed=0)), backend=backend)
 
 
+@pytest.mark.parametrize("kinds", [("own_negatives",), ("negatives",), ("bank", "own_negatives")], ids=str)
+@pytest.mark.parametrize("more", [set(), {"symmetric"}, {"no batch"}], ids=str)
+def test_groups_of_some_kinds_alone(kinds: tuple[str, ...], more: set[str], backend: str) -> None:
+    """Eagerly and compiled: the keys have no groups, and both ways a key then has none to compare."""
+    case = draw({"own negatives", "relations"} | more)
+    for name in ("key", "negatives", "bank", "own_negatives"):
+        if name not in kinds:
+            case.pop("own_group" if name == "own_negatives" else f"{name}_group")
+    assert_exact("info_nce", case, backend, torch.float64)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda c: fused(HF.info_nce, c, backend=backend), fullgraph=True, backend="aot_eager")
+    eager = evaluate(lambda c: fused(HF.info_nce, c, backend=backend), case)
+    for what, got in evaluate(compiled, case).items():
+        torch.testing.assert_close(got, eager[what])
+
+
 @pytest.mark.parametrize("name", ["negative", "positive"])
 def test_one_upstream_gradient_alone(name: str, backend: str) -> None:
     case = draw(set(OF_ROWS) - {"groups", "own negatives"})

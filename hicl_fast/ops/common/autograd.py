@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -96,6 +96,39 @@ def is_one(loss_grad: Tensor) -> bool:
 
 def _keeps_graph() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def distinct(outputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """A backend may give one empty tensor for all gradients that nobody wants; an operator's outputs must not alias."""
+    return tuple(x if x.numel() else x.clone() for x in outputs)
+
+
+class Flat(Protocol):
+    """A call's fields, which make it again in their order."""
+
+    def flat(self) -> list[Any]: ...
+
+
+_Problem = TypeVar("_Problem", bound=Flat)
+
+
+def save_problem(ctx: Any, problem: Flat, backend: str, *outputs: Tensor) -> None:
+    """For a backward pass that looks at the inputs again."""
+    flat = problem.flat()
+    ctx.backend = backend
+    ctx.constants = [None if isinstance(x, Tensor) else x for x in flat]
+    ctx.is_tensor = [isinstance(x, Tensor) for x in flat]
+    ctx.num_outputs = len(outputs)
+    ctx.save_for_backward(*outputs, *(x for x in flat if isinstance(x, Tensor)))
+    ctx.set_materialize_grads(False)
+
+
+def saved_problem(ctx: Any, kind: Callable[..., _Problem]) -> tuple[_Problem, bool, list[Tensor]]:
+    """The problem, whether it can be handed to a backend now, and the outputs that were saved with it."""
+    outputs, inputs = ctx.saved_tensors[: ctx.num_outputs], ctx.saved_tensors[ctx.num_outputs :]
+    tensors = iter(inputs)
+    flat = [next(tensors) if tensor else x for x, tensor in zip(ctx.constants, ctx.is_tensor, strict=True)]
+    return kind(*flat), runs_eagerly(*ctx.saved_tensors), list(outputs)
 
 
 Value = Callable[..., Tensor]  # an operator's inputs -> its one output that has gradients, in plain PyTorch

@@ -128,6 +128,8 @@ def _average_of_directions(
         query_group=problem.key_group,
         key_group=problem.query_group,
     )
+    if exchanged.query_group is None:  # then nothing is of a row's group
+        exchanged = replace(exchanged, key_group=None, negatives_group=None, bank_group=None)
     rows, columns = (apply(one, reduction, backend, None, own, in_batch=in_batch) for one in (forward, exchanged))
     return rows._replace(loss=(rows.loss + columns.loss) / 2)
 

@@ -22,10 +22,12 @@ from hicl_fast.ops.backends import registry
 from hicl_fast.ops.common.autograd import (
     Again,
     Value,
+    distinct,
     first_derivatives,
     holds_values,
     is_one,
-    runs_eagerly,
+    save_problem,
+    saved_problem,
     without_autocast,
 )
 from hicl_fast.ops.common.shapes import check_shapes
@@ -94,11 +96,6 @@ def _sweep_rows_backward(
         return implementation.backward(problem, negative_lse, column_lse, loss_grad, wanted)
 
 
-def distinct(outputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """A backend may give one empty tensor for all gradients that nobody wants; an operator's outputs must not alias."""
-    return tuple(x if x.numel() else x.clone() for x in outputs)
-
-
 def checked(operator: str, flat: Sequence[Any], **others: tuple[Tensor, str]) -> Problem:
     problem = Problem(*flat)
     check_shapes(operator, **problem.shapes(), **others)
@@ -108,10 +105,8 @@ def checked(operator: str, flat: Sequence[Any], **others: tuple[Tensor, str]) ->
     if problem.hard_negative_weight and (problem.negatives is None or problem.negatives.shape[0] < n):
         raise ValueError(f"{operator}: negatives: expected at least {n} rows with hard_negative_weight")
     groups = (problem.key_group, problem.negatives_group, problem.bank_group)
-    if (problem.query_group is None) != all(group is None for group in groups):
-        raise ValueError(
-            f"{operator}: query_group: expected together with groups of columns, got one without the other"
-        )
+    if problem.query_group is None and any(group is not None for group in groups):
+        raise ValueError(f"{operator}: query_group: expected an int64 tensor with groups of columns, got none")
     return problem
 
 
@@ -239,25 +234,6 @@ def _saved_gradients(ctx: Any, loss_grad: Tensor) -> list[Tensor | None]:
     return [give(gradient, to) for gradient, to in zip(ctx.saved_tensors, ctx.destinations, strict=True)]
 
 
-def save_problem(ctx: Any, problem: Problem, backend: str, *outputs: Tensor) -> None:
-    """For a backward pass that looks at the inputs again."""
-    flat = problem.flat()
-    ctx.backend = backend
-    ctx.constants = [None if isinstance(x, Tensor) else x for x in flat]
-    ctx.is_tensor = [isinstance(x, Tensor) for x in flat]
-    ctx.num_outputs = len(outputs)
-    ctx.save_for_backward(*outputs, *(x for x in flat if isinstance(x, Tensor)))
-    ctx.set_materialize_grads(False)
-
-
-def saved_problem(ctx: Any) -> tuple[Problem, bool, list[Tensor]]:
-    """The problem, whether it can be handed to a backend now, and the outputs that were saved with it."""
-    outputs, inputs = ctx.saved_tensors[: ctx.num_outputs], ctx.saved_tensors[ctx.num_outputs :]
-    tensors = iter(inputs)
-    flat = [next(tensors) if tensor else x for x, tensor in zip(ctx.constants, ctx.is_tensor, strict=True)]
-    return Problem(*flat), runs_eagerly(*ctx.saved_tensors), list(outputs)
-
-
 def of_inputs(problem: Problem, wanted: Wanted, gradients: Iterable[Tensor]) -> list[Tensor | None]:
     """The gradients in their inputs' types."""
     destinations = _destinations(problem.differentiable(), wanted)
@@ -268,7 +244,7 @@ def _row_gradients(ctx: Any, loss_grad: Tensor | None, needs_grad: Iterable[bool
     wanted = Wanted(*needs_grad)
     if loss_grad is None:
         return [None] * len(wanted)
-    problem, is_eager, (negative_lse, column_lse) = saved_problem(ctx)
+    problem, is_eager, (negative_lse, column_lse) = saved_problem(ctx, Problem)
 
     def compute() -> list[Tensor | None]:
         if is_eager:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -12,70 +11,17 @@ from torch import Tensor
 from hicl_fast.ops.common.constants import ANGLE_CLAMP, NORM_FLOOR, Reduction, SameGroup
 
 
-def info_nce(
-    query: Tensor,  # (N, D)
-    key: Tensor,  # (M, D)
-    *,
-    target: Tensor | None = None,  # (N,) int64
-    temperature: float | Tensor = 0.05,
-    negatives: Tensor | None = None,  # (P, D)
-    hard_negative_weight: float = 0.0,
-    negatives_group: Tensor | None = None,  # (P,) int64
-    bank: Tensor | None = None,  # (B, D)
-    extra_logits: Tensor | None = None,  # (N, E)
-    own_negatives: Tensor | None = None,  # (H, D)
-    own_offsets: Tensor | None = None,  # (N + 1,) int64
-    own_group: Tensor | None = None,  # (H,) int64
-    own_hardness: float = 0.0,
-    in_batch: bool = True,
-    limit: Tensor | None = None,  # (N,)
-    false_negative_margin: float = math.inf,
-    false_negative_ratio: float = math.inf,
-    key_hardness: float = 0.0,
-    negatives_hardness: float = 0.0,
-    bank_hardness: float = 0.0,
-    query_group: Tensor | None = None,  # (N,) int64
-    key_group: Tensor | None = None,  # (M,) int64
-    bank_group: Tensor | None = None,  # (B,) int64
-    same_group: SameGroup = "exclude",
-    margin: float = 0.0,
-    symmetric: bool = False,
-    reduction: Reduction = "mean",
-) -> Tensor:
+def info_nce(query: Tensor, key: Tensor, **options: Any) -> Tensor:
     """``loss_i = lse_i − ℓ_{i,t_i}`` with ``ℓ_ij = cos(query_i, key_j) / temperature``.
 
-    The arguments are those of :func:`hicl_fast.functional.info_nce`, which checks them and computes the same
-    without the N×M matrix.
+    What :func:`hicl_fast.functional.info_nce` checks and computes without the N×M matrix.
+
+    Args:
+        query: (N, D)
+        key: (M, D)
+        options: of :func:`info_nce_with_statistics`.
     """
-    return info_nce_with_statistics(
-        query,
-        key,
-        target=target,
-        temperature=temperature,
-        negatives=negatives,
-        hard_negative_weight=hard_negative_weight,
-        negatives_group=negatives_group,
-        bank=bank,
-        extra_logits=extra_logits,
-        own_negatives=own_negatives,
-        own_offsets=own_offsets,
-        own_group=own_group,
-        own_hardness=own_hardness,
-        in_batch=in_batch,
-        limit=limit,
-        false_negative_margin=false_negative_margin,
-        false_negative_ratio=false_negative_ratio,
-        key_hardness=key_hardness,
-        negatives_hardness=negatives_hardness,
-        bank_hardness=bank_hardness,
-        query_group=query_group,
-        key_group=key_group,
-        bank_group=bank_group,
-        same_group=same_group,
-        margin=margin,
-        symmetric=symmetric,
-        reduction=reduction,
-    ).loss
+    return info_nce_with_statistics(query, key, **options).loss
 
 
 class Statistics(NamedTuple):
@@ -87,62 +33,23 @@ class Statistics(NamedTuple):
 
 
 def info_nce_with_statistics(
-    query: Tensor,
-    key: Tensor,
+    query: Tensor,  # (N, D)
+    key: Tensor,  # (M, D)
     *,
-    target: Tensor | None = None,
-    temperature: float | Tensor = 0.05,
-    negatives: Tensor | None = None,
-    hard_negative_weight: float = 0.0,
-    negatives_group: Tensor | None = None,
-    bank: Tensor | None = None,
-    extra_logits: Tensor | None = None,
-    own_negatives: Tensor | None = None,
-    own_offsets: Tensor | None = None,
-    own_group: Tensor | None = None,
-    own_hardness: float = 0.0,
-    in_batch: bool = True,
-    limit: Tensor | None = None,
-    false_negative_margin: float = math.inf,
-    false_negative_ratio: float = math.inf,
-    key_hardness: float = 0.0,
-    negatives_hardness: float = 0.0,
-    bank_hardness: float = 0.0,
-    query_group: Tensor | None = None,
-    key_group: Tensor | None = None,
-    bank_group: Tensor | None = None,
-    same_group: SameGroup = "exclude",
-    margin: float = 0.0,
+    target: Tensor | None = None,  # (N,) int64
+    query_group: Tensor | None = None,  # (N,) or (N, G) int64
+    key_group: Tensor | None = None,  # (M,) or (M, G) int64
     symmetric: bool = False,
     reduction: Reduction = "mean",
+    **options: Any,
 ) -> Statistics:
-    """:func:`info_nce`, and each row's similarities with its positive and with its hardest negative."""
-    of_rows = functools.partial(
-        _rows,
-        negatives=negatives,
-        hard_negative_weight=hard_negative_weight,
-        negatives_group=negatives_group,
-        bank=bank,
-        bank_group=bank_group,
-        extra_logits=extra_logits,
-        own_negatives=own_negatives,
-        own_offsets=own_offsets,
-        own_group=own_group,
-        own_hardness=own_hardness,
-        in_batch=in_batch,
-        limit=limit,
-        false_negative_margin=false_negative_margin,
-        false_negative_ratio=false_negative_ratio,
-        key_hardness=key_hardness,
-        negatives_hardness=negatives_hardness,
-        bank_hardness=bank_hardness,
-        temperature=temperature,
-        same_group=same_group,
-        margin=margin,
-    )
-    rows = of_rows(query, key, target, query_group, key_group)
+    """:func:`info_nce`, and each row's similarities with its positive and with its hardest negative.
+
+    ``options`` are those of :func:`logits_of_rows`.
+    """
+    rows = _rows(query, key, target, query_group, key_group, **options)
     if symmetric:
-        columns = of_rows(key, query, target, key_group, query_group)
+        columns = _rows(key, query, target, key_group, query_group, **options)
         rows = rows._replace(loss=(rows.loss + columns.loss) / 2)
     if reduction == "none":
         return rows
@@ -176,33 +83,34 @@ class Logits(NamedTuple):
 
 
 def logits_of_rows(
-    query: Tensor,
-    key: Tensor,
-    target: Tensor | None,
-    query_group: Tensor | None,
-    key_group: Tensor | None,
+    query: Tensor,  # (N, D)
+    key: Tensor,  # (M, D)
+    target: Tensor | None = None,  # (N,) int64
+    query_group: Tensor | None = None,  # (N,) or (N, G) int64
+    key_group: Tensor | None = None,  # (M,) or (M, G) int64
     *,
-    negatives: Tensor | None,
-    hard_negative_weight: float,
-    negatives_group: Tensor | None,
-    bank: Tensor | None,
-    bank_group: Tensor | None,
-    extra_logits: Tensor | None,
-    own_negatives: Tensor | None,
-    own_offsets: Tensor | None,
-    own_group: Tensor | None,
-    own_hardness: float,
-    in_batch: bool,
-    limit: Tensor | None,
-    false_negative_margin: float,
-    false_negative_ratio: float,
-    key_hardness: float,
-    negatives_hardness: float,
-    bank_hardness: float,
-    temperature: float | Tensor,
-    same_group: SameGroup,
-    margin: float,
+    temperature: float | Tensor = 0.05,
+    negatives: Tensor | None = None,  # (P, D)
+    hard_negative_weight: float = 0.0,
+    negatives_group: Tensor | None = None,  # (P,) or (P, G) int64
+    negatives_hardness: float = 0.0,
+    bank: Tensor | None = None,  # (B, D)
+    bank_group: Tensor | None = None,  # (B,) or (B, G) int64
+    bank_hardness: float = 0.0,
+    own_negatives: Tensor | None = None,  # (H, D)
+    own_offsets: Tensor | None = None,  # (N + 1,) int64
+    own_group: Tensor | None = None,  # (H,) or (H, G) int64
+    own_hardness: float = 0.0,
+    extra_logits: Tensor | None = None,  # (N, E)
+    key_hardness: float = 0.0,
+    in_batch: bool = True,
+    limit: Tensor | None = None,  # (N,)
+    false_negative_margin: float = math.inf,
+    false_negative_ratio: float = math.inf,
+    same_group: SameGroup = "exclude",
+    margin: float = 0.0,
 ) -> Logits:
+    """Every column of every row, and the rules that leave some of them out or weigh them."""
     n, m = query.shape[0], key.shape[0]
     target = torch.arange(n, device=query.device) if target is None else target
     dtype = _sum_type(query, key, negatives, bank, own_negatives, extra_logits)

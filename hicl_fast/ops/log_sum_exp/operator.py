@@ -15,17 +15,22 @@ import torch
 from torch import Tensor
 
 from hicl_fast.ops.backends import registry
-from hicl_fast.ops.common.autograd import first_derivatives, is_transformed, runs_eagerly, without_autocast
+from hicl_fast.ops.common.autograd import (
+    distinct,
+    first_derivatives,
+    is_transformed,
+    runs_eagerly,
+    save_problem,
+    saved_problem,
+    without_autocast,
+)
 from hicl_fast.ops.common.numbers import scale_on
 from hicl_fast.ops.info_nce.operator import (
     among_arguments,
     checked,
-    distinct,
     fake_gradients,
     fake_statistics,
     of_inputs,
-    save_problem,
-    saved_problem,
 )
 from hicl_fast.ops.info_nce.problem import (
     DIFFERENTIABLE,
@@ -197,7 +202,7 @@ def _gradients(
     wanted = Wanted(*needs_grad)
     if negative_grad is None and positive_grad is None:
         return [None] * len(wanted)
-    problem, is_eager, (negative,) = saved_problem(ctx)
+    problem, is_eager, (negative,) = saved_problem(ctx, Problem)
     by_negative = torch.zeros_like(negative) if negative_grad is None else negative_grad
     by_positive = torch.zeros_like(negative) if positive_grad is None else positive_grad
 

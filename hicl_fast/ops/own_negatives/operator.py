@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from hicl_fast.ops.backends import registry
-from hicl_fast.ops.common.autograd import first_derivatives, is_transformed, runs_eagerly, without_autocast
+from hicl_fast.ops.common.autograd import (
+    distinct,
+    first_derivatives,
+    is_transformed,
+    runs_eagerly,
+    save_problem,
+    saved_problem,
+    without_autocast,
+)
 from hicl_fast.ops.common.shapes import check_shapes
 from hicl_fast.ops.own_negatives import by_reference
 from hicl_fast.ops.own_negatives.problem import DIFFERENTIABLE, FIELDS, SCHEMA, Gradients, Own, Wanted
@@ -68,8 +76,7 @@ def _run_backward_registered(*args: Any) -> tuple[Tensor, ...]:
     *flat, lse, lse_grad, wanted, backend = args
     problem = _checked("own_log_sum_exp_backward", flat, lse=(lse, "N"), lse_grad=(lse_grad, "N"))
     problem.check_values()
-    found = _run_backward(problem, lse, lse_grad, Wanted(*wanted), backend)
-    return tuple(x if x.numel() else x.clone() for x in found)  # an operator's outputs must not alias
+    return distinct(_run_backward(problem, lse, lse_grad, Wanted(*wanted), backend))
 
 
 _library.impl("own_log_sum_exp", _run_registered, "CompositeExplicitAutograd")
@@ -94,30 +101,26 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *flat, ctx.backend = inputs
-    ctx.constants = [None if isinstance(x, Tensor) else x for x in flat]
-    ctx.is_tensor = [isinstance(x, Tensor) for x in flat]
-    ctx.save_for_backward(output[0], *(x for x in flat if isinstance(x, Tensor)))
+    *flat, backend = inputs
+    save_problem(ctx, Own(*flat), backend, output[0])
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, lse_grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     placed: list[Tensor | None] = [None] * (len(FIELDS) + 1)
     if lse_grad is None:
         return tuple(placed)
-    lse, *saved = ctx.saved_tensors
-    tensors = iter(saved)
-    flat = [next(tensors) if tensor else x for x, tensor in zip(ctx.constants, ctx.is_tensor, strict=True)]
-    problem = Own(*flat)
+    problem, is_eager, (lse,) = saved_problem(ctx, Own)
     inputs = problem.differentiable()
     wanted = Wanted(*(ctx.needs_input_grad[FIELDS.index(name)] for name in DIFFERENTIABLE))
 
     def compute() -> list[Tensor | None]:
-        if runs_eagerly(lse, *saved):
+        if is_eager:
             found = _run_backward(problem, lse, lse_grad, wanted, ctx.backend)
         else:
-            found = torch.ops.hicl_fast.own_log_sum_exp_backward(*flat, lse, lse_grad, list(wanted), ctx.backend)
+            found = torch.ops.hicl_fast.own_log_sum_exp_backward(
+                *problem.flat(), lse, lse_grad, list(wanted), ctx.backend
+            )
         return [
             gradient.to(device=x.device, dtype=x.dtype).reshape(x.shape) if is_wanted else None
             for gradient, x, is_wanted in zip(found, inputs, wanted, strict=True)
