@@ -190,7 +190,9 @@ def plot(rows: list[Row], about: dict[str, Any], baseline: str, path: Path) -> N
         style["color"] = line.get_color()
         memory_axis.plot(batches, [m / 1e6 for m in memory], label=without_memory(rows, name), **style)
     for axis, label in ((time_axis, "forward + backward, ms"), (memory_axis, "memory beyond the inputs, MB")):
-        axis.set(xscale="log", yscale="log", xlabel="batch size", ylabel=label)
+        drawn = any(math.isfinite(value) for line in axis.get_lines() for value in line.get_ydata())
+        # matplotlib refuses a logarithmic axis that has nothing to show: no candidate's memory was measured, or none took any
+        axis.set(xscale="log", yscale="log" if drawn else "linear", xlabel="batch size", ylabel=label)
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=8)

@@ -52,6 +52,12 @@ def test_what_was_not_measured_is_not_drawn(monkeypatch: pytest.MonkeyPatch, tmp
     assert [math.isnan(y) for y in theirs] == [False, True, False]
 
 
+@pytest.mark.parametrize("memory", [None, 0])
+def test_no_memory_to_draw_at_all(memory: int | None, tmp_path: Path) -> None:
+    report.plot([timed(24, name, memory=memory) for name in ("limit", "ours")], ABOUT, "limit", tmp_path / "out.png")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.stem)
 def test_every_point_of_a_committed_figure_was_measured(
     file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
