@@ -36,6 +36,22 @@ using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 // "vectors", or "vectors[1]" of kinds after the first
 std::string of_kind(const char* name, size_t kind) { return kind ? name + ("[" + std::to_string(kind) + "]") : name; }
 
+// The list of columns that rows are without: of keys, whose groups then make no positives.
+void check_left_out(const TensorChecks& check, const ColumnLists& columns, size_t kind, int64_t n, int64_t count) {
+  const std::string name = of_kind("left_out", kind), of_offsets = of_kind("left_out_offsets", kind);
+  const OptionalTensor &left_out = columns.tensor(kind, kLeftOutColumns), &offsets = columns.tensor(kind, kLeftOutOffsets);
+  check.that(left_out.has_value() == offsets.has_value(), name.c_str(), "expected columns and offsets or neither");
+  if (!left_out || !offsets) return;
+  check.that(columns.special(kind) == Special::kPositive && columns.groups(kind) != Groups::kPositives, name.c_str(),
+             "expected none but of keys that have one positive a row");
+  check(name.c_str(), left_out, ScalarType::Long, {kAny});
+  check_range(check, name.c_str(), left_out, 0, count, "indices of columns");
+  check(of_offsets.c_str(), offsets, ScalarType::Long, {n + 1});
+  const int64_t* x = data<int64_t>(offsets);
+  check.that(x[0] == 0 && x[n] == left_out->size(0) && std::is_sorted(x, x + n + 1), of_offsets.c_str(),
+             "expected offsets that rise from 0 to ", left_out->size(0));
+}
+
 void check_columns(const TensorChecks& check, const ColumnLists& columns, size_t kind, ScalarType type, int64_t n, int64_t d) {
   const auto name = [&](const char* field) { return of_kind(field, kind); };
   check.that(columns.tensor(kind, kVectors).has_value(), name("vectors").c_str(), "expected a tensor, got none");
@@ -59,6 +75,7 @@ void check_columns(const TensorChecks& check, const ColumnLists& columns, size_t
   check.that(groups != Groups::kPositives || !group || group->size(1) == 1, name("group").c_str(),
              "expected one relation where it makes positives, got ", group ? group->size(1) : 0);
   check.that(groups == Groups::kOrdinary || group, name("group").c_str(), "expected a tensor, got none");
+  check_left_out(check, columns, kind, n, count);
 }
 
 void check_arguments(const Arguments& a) {
@@ -89,10 +106,11 @@ void check_arguments(const Arguments& a) {
     check.that(!a.limit && std::min(a.false_negative_margin, a.false_negative_ratio) == infinity, "symmetric",
                "expected no limit");
     check.that(!a.columns.tensor(0, kSpecialColumn) && a.columns.count() == 1 && !a.extra_logits && !a.mixed_pairs &&
-                   !a.negative_grad && a.columns.groups(0) != Groups::kPositives,
+                   !a.negative_grad && a.columns.groups(0) != Groups::kPositives && !a.columns.tensor(0, kLeftOutColumns),
                "symmetric", "expected no target, negatives, bank, extra logits, mixing, weights or several positives");
   }
   if (!a.mixed_pairs) return;
+  check.that(!a.columns.tensor(0, kLeftOutColumns), "mixed_pairs", "expected none with a list of columns that are left out");
   check.that(0 < a.k && a.k <= m, "k", "expected 1 to ", m, ", got ", a.k);
   check("mixed_pairs", a.mixed_pairs, ScalarType::Long, {n, kAny, 2});
   check_range(check, "mixed_pairs", a.mixed_pairs, 0, a.k, "places among the k");

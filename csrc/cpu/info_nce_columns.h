@@ -28,6 +28,8 @@ struct Columns {
   const int64_t* group = nullptr;        // (C, G), likewise
   int64_t num_relations = 0;             // G
   double hardness = 0;                   // times the similarity, held constant, is added to the logits
+  const int64_t* left_out = nullptr;     // (T,) columns that one row each is without; null: none
+  const int64_t* left_out_offsets = nullptr;  // (N + 1,) row i is without those from offset i to the next
   T* gradient = nullptr;                 // out (C, D); null where it isn't wanted
 
   bool is_of_group(int64_t i, int64_t column) const {
@@ -40,7 +42,7 @@ struct Columns {
 
 // The kinds of column as the operator takes them: of each kind its tensors, and its numbers, in the order of the fields of
 // KindOfColumn in hicl_fast/ops/info_nce/problem.py. Two lists, since each costs a small call a microsecond.
-enum TensorRule { kVectors, kSpecialColumn, kQueryGroup, kGroup, kNumTensorRules };
+enum TensorRule { kVectors, kSpecialColumn, kQueryGroup, kGroup, kLeftOutColumns, kLeftOutOffsets, kNumTensorRules };
 enum NumberRule { kWantsGradient, kSpecial, kBias, kGroups, kHardness, kNumNumberRules };
 
 struct ColumnLists {
@@ -79,6 +81,8 @@ std::vector<Columns<T>> columns_of(const ColumnLists& lists, Tensors& gradients)
     columns.group = data<int64_t>(lists.tensor(kind, kGroup));
     columns.num_relations = columns.group ? lists.tensor(kind, kGroup)->size(1) : 0;
     columns.hardness = lists.number(kind, kHardness);
+    columns.left_out = data<int64_t>(lists.tensor(kind, kLeftOutColumns));
+    columns.left_out_offsets = data<int64_t>(lists.tensor(kind, kLeftOutOffsets));
     columns.gradient = lists.wants_gradient(kind) ? data<T>(gradients[kind]) : nullptr;
     found.push_back(columns);
   }

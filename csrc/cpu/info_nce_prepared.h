@@ -37,6 +37,12 @@ struct Kind {
     for (const GroupIndex& relation : relations)
       for (const int64_t j : relation.of(*ids++)) f(j);
   }
+  // f(j) for the columns that row i's list leaves out, j from 0.
+  template <typename F>
+  void each_listed(int64_t i, F f) const {
+    if (!rules.left_out_offsets) return;
+    for (int64_t at = rules.left_out_offsets[i]; at < rules.left_out_offsets[i + 1]; ++at) f(rules.left_out[at]);
+  }
 };
 
 // A row of logits has the kinds' columns one after the other, then the extra logits, then the mixtures.

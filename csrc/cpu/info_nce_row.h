@@ -112,6 +112,7 @@ Largest<T> mask_and_scale(const Prepared<T>& p, int64_t i, T* row, T limit) {
     if (kind.rules.special == Special::kPositive) row[kind.special_column(i)] = kLeftOut<T>;
     if (kind.rules.groups == Groups::kExcluded)
       kind.each_of_group(i, [&](int64_t j) { row[kind.first + j] = kLeftOut<T>; });
+    kind.each_listed(i, [&](int64_t j) { row[kind.first + j] = kLeftOut<T>; });
   }
   const RowKernels<T>& k = row_kernels<T>();
   const auto scaled = [&](int64_t first, int64_t count, T scale) {

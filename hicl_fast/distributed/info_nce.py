@@ -76,6 +76,7 @@ def joined_info_nce(
         negatives: this rank's explicit negatives, for everyone.
         ranks: the processes.
         target: (N,) int64, the place among this rank's keys of each own query's positive; default: that of the query.
+            (T,) with ``target_offsets`` among the options.
         gather: ``True`` gathers keys and negatives; ``"ring"`` lets them travel, and no rank holds all of them.
         symmetric: average with the loss of queries and keys exchanged, for which the queries are exchanged too.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -182,6 +183,7 @@ def _with_ring(
     target: Tensor | None,
     temperature: float | Tensor,
     same_group: SameGroup,
+    target_offsets: Tensor | None = None,
     false_negative_margin: float | None = None,
     false_negative_ratio: float | None = None,
     precision: str | None = None,
@@ -189,7 +191,9 @@ def _with_ring(
     **options: Any,
 ) -> JoinedLoss:
     """The rank's own keys by the operator, with all others' log-sum-exp as one more logit of each row."""
-    limits: dict[str, Any] = {
+    positives: dict[str, Any] = {
+        "target": target,
+        "target_offsets": target_offsets,
         "false_negative_margin": false_negative_margin,
         "false_negative_ratio": false_negative_ratio,
     }
@@ -201,7 +205,7 @@ def _with_ring(
         ranks=ranks,
         **travelling,  # type: ignore[arg-type]
         query_group=by_relation(query.group) if has_groups else None,
-        limit=limits_of(problem_of(query.rows, key.rows, target=target, **limits)),
+        limit=limits_of(problem_of(query.rows, key.rows, **positives)),
         precision=precision or "default",
         backend=backend,
     )
@@ -209,7 +213,6 @@ def _with_ring(
     loss, positive, hardest, _ = HF.info_nce_with_statistics(
         query.rows,
         key.own(),
-        target=target,
         temperature=temperature,
         negatives=None if negatives is None else negatives.own(),
         extra_logits=lse[:, None],
@@ -217,7 +220,7 @@ def _with_ring(
         same_group=same_group,
         precision=precision,
         backend=backend,
-        **limits,
+        **positives,
         **options,
     )
     return JoinedLoss(loss, positive, torch.maximum(hardest, foreign_hardest))

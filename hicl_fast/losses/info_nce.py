@@ -61,6 +61,7 @@ class Given(NamedTuple):
     query_group: Tensor | None = None  # (N,) or (N, G) int64
     key_group: Tensor | None = None  # (M,) or (M, G) int64
     own_negatives: Tensor | HF.OwnNegatives | None = None
+    target_offsets: Tensor | None = None  # (N + 1,) int64; then target is (T,)
 
     @property
     def columns(self) -> dict[str, HF.Columns]:
@@ -83,6 +84,7 @@ class Given(NamedTuple):
             self.query,
             self.key,
             target=self.target,
+            target_offsets=self.target_offsets,
             negatives=self.negatives,
             own_negatives=self.own_negatives,
             query_group=self.query_group,
@@ -243,6 +245,7 @@ class FusedInfoNCELoss(nn.Module):
         negatives: Tensor | HF.Columns | None = None,
         *,
         target: Tensor | None = None,
+        target_offsets: Tensor | None = None,
         own_negatives: Tensor | HF.OwnNegatives | None = None,
         query_group: Tensor | None = None,
         key_group: Tensor | None = None,
@@ -256,6 +259,8 @@ class FusedInfoNCELoss(nn.Module):
             negatives: (P, D) hard negatives.
             target: (N,) int64, the key that is query i's positive: of passages that stand by query, a positive and G − 1
                 hard negatives each, ``torch.arange(N) * G``. Not with mixing, which takes key i for it.
+            target_offsets: (N + 1,) int64, where queries have several positives: those of query i are the keys
+                ``target[target_offsets[i] : target_offsets[i + 1]]``; target is (T,) then.
             own_negatives: (N, K, D) hard negatives that one query each is compared with, or
                 :class:`hicl_fast.functional.OwnNegatives`, as many for each as it has. With ``gather`` they stay where
                 they are.
@@ -270,7 +275,7 @@ class FusedInfoNCELoss(nn.Module):
             TypeError, ValueError: naming the argument, what was expected and what came; with ``gather``, ValueError on
                 every rank, with the words of those that failed.
         """
-        columns = Given(query, key, negatives, target, query_group, key_group, own_negatives)
+        columns = Given(query, key, negatives, target, query_group, key_group, own_negatives, target_offsets)
         if self.gather and (ranks := ranks_of(self.process_group)).size > 1:
             return self._forward_joined(columns, ranks)
         mixes = self.hard_negative_mixing is not None or self.positive_mixing is not None
@@ -289,6 +294,7 @@ class FusedInfoNCELoss(nn.Module):
             query,
             keys,
             target=target,
+            target_offsets=target_offsets,
             temperature=temperature,
             negatives=negatives,
             own_negatives=own_negatives,
@@ -369,6 +375,7 @@ class FusedInfoNCELoss(nn.Module):
             parts.get("negatives"),
             ranks,
             target=given.target,
+            target_offsets=given.target_offsets,
             own_negatives=given.own_negatives,
             gather=self.gather,
             mix=mix if mixes else None,

@@ -11,13 +11,13 @@ def check_shapes(operator: str, **arguments: tuple[Tensor | None, str]) -> None:
     Args:
         operator: its name.
         arguments: by name a tensor and its shape, a letter for each dimension: the same letter is the same size, at least 1
-            for N, and a digit is itself.
+            for N, and one more than N for O (offsets); a digit is itself.
     """
     sizes: dict[str, int] = {}
     for name, (x, shape) in arguments.items():
         if x is None:
             continue
-        expected = [int(s) if s.isdigit() else sizes.get(s, s) for s in shape]
+        expected = [_size(s, sizes) for s in shape]
         fits = x.dim() == len(shape) and all(
             isinstance(want, str) or want == got for want, got in zip(expected, x.shape, strict=True)
         )
@@ -25,3 +25,9 @@ def check_shapes(operator: str, **arguments: tuple[Tensor | None, str]) -> None:
             wanted = ", ".join(map(str, expected))
             raise ValueError(f"{operator}: {name}: expected shape ({wanted}), got {tuple(x.shape)}")
         sizes.update({s: got for s, got in zip(shape, x.shape, strict=True) if not s.isdigit()})
+
+
+def _size(letter: str, sizes: dict[str, int]) -> int | str:
+    if letter.isdigit():
+        return int(letter)
+    return sizes["N"] + 1 if letter == "O" else sizes.get(letter, letter)

@@ -24,6 +24,7 @@ def info_nce(
     key: Tensor | Columns,  # (M, D)
     *,
     target: Tensor | None = None,  # (N,) int64
+    target_offsets: Tensor | None = None,  # (N + 1,) int64
     temperature: float | Tensor = 0.05,
     negatives: Tensor | Columns | None = None,  # (P, D)
     hard_negative_weight: float = 0.0,
@@ -63,6 +64,9 @@ def info_nce(
         key: (M, D) candidates; need not be normalised. Keys, negatives and bank may each be :class:`Columns`, which have
             groups and hardness beside their rows.
         target: (N,) int64, the key that is row i's positive. Default: key i, which needs N ≤ M.
+        target_offsets: (N + 1,) int64, rising from 0 to T, where rows have several positives: those of row i are the keys
+            ``target[target_offsets[i] : target_offsets[i + 1]]``, one at least, and target is (T,). The row's loss is the mean
+            over its positives p of ``log(1 + Σ_j e^(ℓ_ij) / e^(ℓ_ip))``, where j is none of its positives.
         temperature: τ > 0, a float or a 0-d tensor; a tensor gets its exact gradient.
         negatives: (P, D) explicit hard negatives, shared by all rows; get gradients.
         hard_negative_weight: added to the logit of row i's own negative ``negatives[i]`` (needs P = N).
@@ -116,6 +120,7 @@ def info_nce(
         query,
         key,
         target=target,
+        target_offsets=target_offsets,
         temperature=temperature,
         negatives=negatives,
         own_negatives=own_negatives,
@@ -144,6 +149,7 @@ def info_nce_with_statistics(
     key: Tensor | Columns,
     *,
     target: Tensor | None = None,
+    target_offsets: Tensor | None = None,
     temperature: float | Tensor = 0.05,
     negatives: Tensor | Columns | None = None,
     hard_negative_weight: float = 0.0,
@@ -167,7 +173,7 @@ def info_nce_with_statistics(
 ) -> Result:
     """:func:`info_nce`, and what it finds on its way: ``(loss, positive, hardest, hard_negatives)``.
 
-    ``positive`` and ``hardest`` are the detached similarities of each row's positive (N,) and of its hardest negative
+    ``positive`` and ``hardest`` are the detached similarities of each row's positive (N,), of several the mean, and of its hardest negative
     (N,), −inf for a row that has none among keys, explicit negatives and bank; ``hard_negatives`` are the keys (N, k)
     that ``mixing`` took, or ``None``.
     """
@@ -175,6 +181,7 @@ def info_nce_with_statistics(
         query,
         key,
         target=target,
+        target_offsets=target_offsets,
         temperature=temperature,
         negatives=negatives,
         own_negatives=own_negatives,
@@ -214,6 +221,8 @@ def _check_mixing(mixing: Mixing, problem: Problem, in_batch: bool) -> None:
         raise ValueError("mixing: expected None with a limit, above which its hardest keys would be")
     if problem.query_group is not None and problem.query_group.shape[1] > 1:
         raise ValueError("mixing: expected None with several relations, since its keys are chosen by one")
+    if problem.targets is not None:
+        raise ValueError("mixing: expected None with target_offsets, since it knows of one positive")
     check_k(mixing.k, problem.query, problem.key, 1 if problem.target is None else 0)
     check_pairs(problem.query, mixing.pairs)
     check.share("alpha", mixing.alpha)

@@ -85,6 +85,7 @@ def problem_of(
     key: Tensor | Columns,
     *,
     target: Tensor | None = None,
+    target_offsets: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     negatives: Tensor | Columns | None = None,
     own_negatives: Tensor | OwnNegatives | None = None,
@@ -113,6 +114,9 @@ def problem_of(
     )
     check_matrices(query, keys.rows, explicit.rows, queue.rows)  # type: ignore[arg-type]
     rows: Tensor = keys.rows  # type: ignore[assignment]
+    targets = None
+    if target_offsets is not None:
+        targets, target = target, _first_targets(query, target, target_offsets)
     check_rows(query, rows, target, extra_logits)
     check_options(
         margin=margin,
@@ -140,6 +144,8 @@ def problem_of(
     if symmetric and (query.shape[0] != rows.shape[0] or target is not None):
         came = f"{query.shape[0]} queries and {rows.shape[0]} keys" if target is None else "a target"
         raise ValueError(f"symmetric: expected as many queries as keys and no target, got {came}")
+    if targets is not None:
+        _check_one_positive(same_group if query_group is not None else "", false_negative_margin, false_negative_ratio)
     if same_group == "positive":
         _check_hardness({"key": keys, "negatives": explicit, "bank": queue})
     return Problem(
@@ -154,6 +160,8 @@ def problem_of(
         key_group=by_relation(keys.group),
         negatives_group=by_relation(explicit.group),
         bank_group=by_relation(queue.group),
+        targets=targets,
+        target_offsets=target_offsets,
         limit=None if limit is None else limit.detach(),
         false_negative_margin=_or_infinity(false_negative_margin),
         false_negative_ratio=_or_infinity(false_negative_ratio),
@@ -166,6 +174,35 @@ def problem_of(
         symmetric=symmetric,
         precision=precision or "default",
     )
+
+
+def _first_targets(query: Tensor, targets: Tensor | None, offsets: Tensor) -> Tensor:  # (T,), (N + 1,) -> (N,)
+    """The first of each row's targets."""
+    if targets is None:
+        raise ValueError("target: expected an int64 tensor, since target_offsets is given, got None")
+    n = query.shape[0]
+    check.index_vector("target_offsets", offsets, n + 1, "one more than queries", query)
+    check.integers("target", targets, "(T,)", query)
+    if targets.dim() != 1 or targets.shape[0] < n:
+        raise ValueError(
+            f"target: expected shape (T,), one for each of the {n} queries at least, got {check.describe(targets)}"
+        )
+    return targets[offsets[:-1].clamp(0, targets.shape[0] - 1)]
+
+
+def _check_one_positive(
+    same_group: str, false_negative_margin: float | None, false_negative_ratio: float | None
+) -> None:
+    """That nothing asked for is of a row's one positive."""
+    limits = {"false_negative_margin": false_negative_margin, "false_negative_ratio": false_negative_ratio}
+    for name, value in limits.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}: expected None with target_offsets, since a row's positives differ in similarity, got {value}; "
+                "what a row's negatives may be similar at most can be given as limit"
+            )
+    if same_group == "positive":
+        raise ValueError("target_offsets: expected None with same_group='positive', which names the positives itself")
 
 
 def own_of(problem: Problem, given: Tensor | OwnNegatives | None) -> Own | None:

@@ -17,13 +17,14 @@ from hicl_fast.ops.info_nce.reference import Statistics, info_nce_with_statistic
 from hicl_fast.ops.mixed_negatives.by_reference import mixed_negatives
 
 # What the reference is called with as it stands in the problem.
-_SHARED = [name for name in FIELDS if name not in ("scale", "precision")]
+_SHARED = [name for name in FIELDS if name not in ("scale", "precision", "targets")]
 
 
 def arguments_of(problem: Problem) -> dict[str, Any]:
     """The problem as the reference takes it."""
     scale = problem.scale.to(device=problem.query.device, dtype=problem.dtype)
-    return {name: getattr(problem, name) for name in _SHARED} | {"temperature": scale.reciprocal()}
+    arguments = {name: getattr(problem, name) for name in _SHARED} | {"temperature": scale.reciprocal()}
+    return arguments if problem.targets is None else arguments | {"target": problem.targets}
 
 
 def info_nce(problem: Problem, reduction: str, extra_logits: Tensor | None = None) -> Statistics:

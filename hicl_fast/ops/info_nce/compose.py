@@ -29,8 +29,9 @@ def apply(
 ) -> Result:
     if problem.symmetric and (own is not None or not in_batch):
         return _average_of_directions(problem, reduction, backend, own, in_batch=in_batch)
-    if not in_batch:
-        return _of_rows(log_sum_exp.apply(problem, backend, own, in_batch=False), reduction)
+    if not in_batch or problem.targets is not None:
+        rows = log_sum_exp.apply(problem, backend, own, in_batch=in_batch)
+        return _of_rows(rows if problem.targets is None else _by_target(rows, problem), problem, reduction)
     if own is not None:
         problem, hardest = log_sum_exp.with_own_negatives(problem, own, backend)
         result = apply(problem, reduction, backend, mixing)
@@ -106,15 +107,29 @@ def _one_sweep_covers_both_directions(problem: Problem) -> bool:
     return only_keys and problem.same_group != "positive" and not problem.has_limit
 
 
-def _of_rows(rows: log_sum_exp.Outputs, reduction: str) -> Result:
-    """The loss ``log(1 + e^(negative − positive))`` of rows whose logits are known."""
+def _by_target(rows: log_sum_exp.Outputs, problem: Problem) -> log_sum_exp.Outputs:
+    """The row's sum over its negatives beside each of its positives: (N,) -> (T,)."""
+    return rows._replace(negative=rows.negative[problem.row_of_targets()])
+
+
+def _of_rows(rows: log_sum_exp.Outputs, problem: Problem, reduction: str) -> Result:
+    """The loss ``log(1 + e^(negative − positive))`` of rows whose logits are known; of several positives the mean."""
     has_negative = rows.negative != -torch.inf
     difference = torch.where(has_negative, rows.negative, 0.0) - rows.positive
     loss = torch.logaddexp(difference, torch.zeros_like(difference))
     loss = torch.where(has_negative, loss, rows.positive - rows.positive)  # 0, or NaN where the input was
+    similarity = rows.similarity
+    if problem.targets is not None:
+        loss, similarity = (_mean_by_row(x, problem) for x in (loss, similarity))
     if reduction != "none":
         loss = loss.mean() if reduction == "mean" else loss.sum()
-    return Result(loss, rows.similarity, rows.hardest)
+    return Result(loss, similarity, rows.hardest)
+
+
+def _mean_by_row(x: Tensor, problem: Problem) -> Tensor:  # (T,) -> (N,)
+    assert problem.target_offsets is not None
+    total = x.new_zeros(problem.query.shape[0]).index_add(0, problem.row_of_targets(), x)
+    return total / problem.target_offsets.diff().clamp_min(1)
 
 
 def _average_of_directions(

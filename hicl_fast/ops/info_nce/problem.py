@@ -18,6 +18,7 @@ from hicl_fast.ops.common.autograd import readable
 from hicl_fast.ops.common.constants import Groups, Special
 from hicl_fast.ops.common.numbers import check_scale, sum_type
 from hicl_fast.ops.common.precision import float32_products
+from hicl_fast.ops.common.ragged import check_offsets, row_of_each
 
 
 class Wanted(NamedTuple):
@@ -101,6 +102,8 @@ class KindOfColumn:
     query_group: Tensor | None = None  # (N, G) int64, where the groups are not ordinary: one id for each relation
     group: Tensor | None = None  # (C, G) int64, likewise
     hardness: float = 0.0  # times the similarity, held constant, is added to the logit of a column that is no positive
+    left_out: Tensor | None = None  # (T,) int64, columns that one row each is without,
+    left_out_offsets: Tensor | None = None  # (N + 1,) int64: row i without those from offset i to the next
 
     @property
     def count(self) -> int:
@@ -140,22 +143,28 @@ class Problem:
     negatives: Tensor | None = _tensor("PD", optional=True)
     bank: Tensor | None = _tensor("BD", optional=True)
     extra_logits: Tensor | None = _tensor("NE", optional=True)
-    query_group: Tensor | None = _tensor(
-        "NG", optional=True
-    )  # int64; where one of a column's G ids is the row's own, they
-    key_group: Tensor | None = _tensor("MG", optional=True)  # int64    are of one group
-    negatives_group: Tensor | None = _tensor("PG", optional=True)  # int64
-    bank_group: Tensor | None = _tensor("BG", optional=True)  # int64
-    limit: Tensor | None = _tensor(
-        "N", optional=True
-    )  # a column whose similarity is larger is left out, unless it is a positive
-    false_negative_margin: float = math.inf  # likewise one above the positive's similarity plus this,
-    false_negative_ratio: float = math.inf  # or above this times the positive's similarity, where that is above 0
-    key_hardness: float = (
-        0.0  # times the similarity, held constant, is added to the logits of those that are no positives
-    )
+
+    # int64. Row and column are of one group where one of their G ids is the same.
+    query_group: Tensor | None = _tensor("NG", optional=True)
+    key_group: Tensor | None = _tensor("MG", optional=True)
+    negatives_group: Tensor | None = _tensor("PG", optional=True)
+    bank_group: Tensor | None = _tensor("BG", optional=True)
+
+    # int64. Where rows have several positives: all rows' lists of keys one after the other, and where each begins and ends.
+    # `target` has the first of each list, and none of a list is a negative of its row.
+    targets: Tensor | None = _tensor("T", optional=True)
+    target_offsets: Tensor | None = _tensor("O", optional=True)
+
+    # A column is left out, unless it is a positive, where its similarity is above the lowest of these:
+    limit: Tensor | None = _tensor("N", optional=True)
+    false_negative_margin: float = math.inf  # the positive's similarity plus this
+    false_negative_ratio: float = math.inf  # this times the positive's similarity, where that is above 0
+
+    # Times the similarity, held constant, is added to the logits of those that are no positives.
+    key_hardness: float = 0.0
     negatives_hardness: float = 0.0
     bank_hardness: float = 0.0
+
     hard_negative_weight: float = 0.0  # added to the logit of row i's own negative; 0: no negative is anyone's own
     same_group: str = "exclude"  # "exclude" | "negative" | "positive"
     margin: float = 0.0  # radians
@@ -178,7 +187,9 @@ class Problem:
     def columns(self, wanted: Wanted) -> list[KindOfColumn]:
         """The kinds of column that are vectors, the keys first."""
         groups, hardness = self._groups(self.key_group), self.key_hardness
-        kinds = [KindOfColumn("key", self.key, wanted.key, Special.POSITIVE, self.target, 0.0, *groups, hardness)]
+        lists = self.targets, self.target_offsets
+        keys = KindOfColumn("key", self.key, wanted.key, Special.POSITIVE, self.target, 0.0, *groups, hardness, *lists)
+        kinds = [keys]
         if self.negatives is not None:
             own, bias = Special.NOTHING, self.hard_negative_weight
             if bias:
@@ -202,6 +213,11 @@ class Problem:
     @property
     def has_limit(self) -> bool:
         return self.limit is not None or min(self.false_negative_margin, self.false_negative_ratio) < math.inf
+
+    def row_of_targets(self) -> Tensor:  # (T,) int64
+        """Where rows have several positives: the row that each is of."""
+        assert self.targets is not None and self.target_offsets is not None
+        return row_of_each(self.target_offsets, self.targets.shape[0])
 
     def one_relation(self) -> tuple[Tensor | None, Tensor | None]:
         """Groups (N,) and (M,) of queries and keys, for what knows of one relation; ``None`` where they mean nothing."""
@@ -241,6 +257,8 @@ class Problem:
             found.append("groups of explicit negatives")
         if self.has_limit:
             found.append("a limit")
+        if self.targets is not None:
+            found.append("several targets")
         if self.key_hardness or self.negatives_hardness or self.bank_hardness:
             found.append("hardness")
         if self.symmetric:
@@ -253,7 +271,9 @@ class Problem:
         Looks at host memory only: a device is never waited for.
         """
         check_scale(self.scale)
-        if (target := readable(self.target)) is not None:
+        if self.targets is not None and self.target_offsets is not None:
+            check_offsets("target_offsets", self.target_offsets, self.targets.shape[0], least=1)
+        if (target := readable(self.target if self.targets is None else self.targets)) is not None:
             low, high = (int(bound) for bound in torch.aminmax(target))
             if low < 0 or high >= self.key.shape[0]:
                 raise ValueError(

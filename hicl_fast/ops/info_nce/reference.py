@@ -36,9 +36,10 @@ def info_nce_with_statistics(
     query: Tensor,  # (N, D)
     key: Tensor,  # (M, D)
     *,
-    target: Tensor | None = None,  # (N,) int64
+    target: Tensor | None = None,  # (N,) int64; (T,) with target_offsets
     query_group: Tensor | None = None,  # (N,) or (N, G) int64
     key_group: Tensor | None = None,  # (M,) or (M, G) int64
+    target_offsets: Tensor | None = None,  # (N + 1,) int64
     symmetric: bool = False,
     reduction: Reduction = "mean",
     **options: Any,
@@ -47,7 +48,7 @@ def info_nce_with_statistics(
 
     ``options`` are those of :func:`logits_of_rows`.
     """
-    rows = _rows(query, key, target, query_group, key_group, **options)
+    rows = _rows(query, key, target, query_group, key_group, target_offsets=target_offsets, **options)
     if symmetric:
         columns = _rows(key, query, target, key_group, query_group, **options)
         rows = rows._replace(loss=(rows.loss + columns.loss) / 2)
@@ -73,22 +74,24 @@ def normalise(x: Tensor) -> Tensor:
 
 
 class Logits(NamedTuple):
-    """Of each row: its positive, and its other columns."""
+    """Of each row: its positive, and its other columns. T is N, but where rows have several targets."""
 
     negative: Tensor  # (N, C) of all columns but the positive, −inf where one is left out
-    positive: Tensor  # (N,) with the margin
-    similarity: Tensor  # (N,) the positive's
+    positive: Tensor  # (T,) with the margin
+    similarity: Tensor  # (T,) the positive's
     competing: Tensor  # (N, C) similarities of the columns that are no positives and not left out; −inf for others
     mean_positive: Tensor  # (N,) the mean logit of all positives, where groups make several
+    row: Tensor | None = None  # (T,) int64 the row of each target, where rows have several
 
 
 def logits_of_rows(
     query: Tensor,  # (N, D)
     key: Tensor,  # (M, D)
-    target: Tensor | None = None,  # (N,) int64
+    target: Tensor | None = None,  # (N,) int64; (T,) with target_offsets
     query_group: Tensor | None = None,  # (N,) or (N, G) int64
     key_group: Tensor | None = None,  # (M,) or (M, G) int64
     *,
+    target_offsets: Tensor | None = None,  # (N + 1,) int64: row i has the targets from offset i to the next
     temperature: float | Tensor = 0.05,
     negatives: Tensor | None = None,  # (P, D)
     hard_negative_weight: float = 0.0,
@@ -112,16 +115,23 @@ def logits_of_rows(
 ) -> Logits:
     """Every column of every row, and the rules that leave some of them out or weigh them."""
     n, m = query.shape[0], key.shape[0]
-    target = torch.arange(n, device=query.device) if target is None else target
+    row = torch.arange(n, device=query.device)
+    target = row if target is None else target
+    if target_offsets is not None:
+        row = torch.repeat_interleave(row, target_offsets.diff(), output_size=len(target))
     dtype = _sum_type(query, key, negatives, bank, own_negatives, extra_logits)
     unit_query = normalise(query.to(dtype))
     similarity = unit_query @ normalise(key.to(dtype)).T  # (N, M)
-    positive = similarity.gather(1, target[:, None]).squeeze(1)  # (N,)
-    is_target = target[:, None] == torch.arange(m, device=query.device)  # (N, M)
-    key_logits = torch.where(is_target, _with_margin(positive, margin)[:, None], similarity) / temperature
-    positive_logit = key_logits.gather(1, target[:, None]).squeeze(1)
+    positive = similarity[row, target]  # (T,)
+    is_target = torch.zeros(n, m, dtype=torch.bool, device=query.device)
+    is_target = is_target.index_put((row, target), torch.ones_like(target, dtype=torch.bool))
+    key_logits = similarity.index_put((row, target), _with_margin(positive, margin)) / temperature
+    positive_logit = key_logits[row, target]
 
-    limit = _limit(positive.detach(), limit, false_negative_margin, false_negative_ratio)
+    limit = torch.full((n,), torch.inf) if limit is None else limit
+    limit = limit.to(device=query.device, dtype=dtype)
+    if target_offsets is None:  # what is more similar than the row's one positive
+        limit = _limit(positive.detach(), limit, false_negative_margin, false_negative_ratio)
     denominator, competing, positives = [], [], []
 
     def add(
@@ -166,7 +176,14 @@ def logits_of_rows(
     if same_group == "positive":
         logits, are_positive = (torch.cat(parts, dim=1) for parts in zip(*positives, strict=True))
         mean_positive = logits.masked_fill(~are_positive, 0.0).sum(dim=1) / are_positive.sum(dim=1)
-    return Logits(torch.cat(denominator, dim=1), positive_logit, positive, torch.cat(competing, dim=1), mean_positive)
+    return Logits(
+        torch.cat(denominator, dim=1),
+        positive_logit,
+        positive,
+        torch.cat(competing, dim=1),
+        mean_positive,
+        None if target_offsets is None else row,
+    )
 
 
 def largest(similarity: Tensor) -> Tensor:  # (N, C) -> (N,)
@@ -175,14 +192,23 @@ def largest(similarity: Tensor) -> Tensor:  # (N, C) -> (N,)
 
 def _rows(*tensors: Tensor | None, **options: Any) -> Statistics:
     logits = logits_of_rows(*tensors, **options)  # type: ignore[arg-type]
-    loss = _log1p_ratio(logits.negative, logits.positive) + (logits.positive - logits.mean_positive)
-    return Statistics(loss, logits.similarity.detach(), largest(logits.competing))
+    similarity = logits.similarity.detach()
+    if (row := logits.row) is None:
+        loss = _log1p_ratio(log_sum(logits.negative), logits.positive) + (logits.positive - logits.mean_positive)
+    else:
+        loss = _log1p_ratio(log_sum(logits.negative)[row], logits.positive)
+        loss, similarity = (_mean_by_row(x, row, len(logits.negative)) for x in (loss, similarity))
+    return Statistics(loss, similarity, largest(logits.competing))
 
 
-def _limit(positive: Tensor, limit: Tensor | None, margin: float, ratio: float) -> Tensor:
+def _mean_by_row(x: Tensor, row: Tensor, num_rows: int) -> Tensor:  # (T,), (T,) int64 -> (N,)
+    nothing = x.new_zeros(num_rows)
+    return nothing.index_add(0, row, x) / nothing.index_add(0, row, torch.ones_like(x))
+
+
+def _limit(positive: Tensor, limit: Tensor, margin: float, ratio: float) -> Tensor:
     """What a row's columns may be similar at most, by its positive's similarity. (N,) -> (N,)."""
-    found = torch.full_like(positive, torch.inf) if limit is None else limit.to(positive.dtype)
-    found = torch.minimum(found, positive + margin)
+    found = torch.minimum(limit, positive + margin)
     return torch.where(positive > 0, torch.minimum(found, positive.abs() * ratio), found)
 
 
@@ -206,9 +232,8 @@ def log_sum(logits: Tensor) -> Tensor:  # (N, C) -> (N,)
     return torch.where(has_any, total, -torch.inf)
 
 
-def _log1p_ratio(negative: Tensor, positive: Tensor) -> Tensor:
-    """``log(1 + Σ_j exp(negative_ij) / exp(positive_i))``, which keeps the digits of a small loss. (N, C), (N,) -> (N,)."""
-    log_z = log_sum(negative)
+def _log1p_ratio(log_z: Tensor, positive: Tensor) -> Tensor:
+    """``log(1 + exp(log_z − positive))``, which keeps the digits of a small loss. (N,), (N,) -> (N,)."""
     has_negative = log_z != -torch.inf
     loss = torch.logaddexp(torch.where(has_negative, log_z, 0.0) - positive, torch.zeros_like(positive))
     return torch.where(has_negative, loss, positive - positive)  # the difference is 0, or NaN where the input was

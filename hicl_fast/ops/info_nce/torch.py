@@ -15,6 +15,7 @@ from torch import Tensor
 from hicl_fast.ops.common.constants import Groups, Special
 from hicl_fast.ops.common.numbers import scale_on
 from hicl_fast.ops.common.precision import brought_to
+from hicl_fast.ops.common.ragged import row_of_each
 from hicl_fast.ops.common.unit_rows import UnitRows, row_dot
 from hicl_fast.ops.info_nce.problem import Gradients, KindOfColumn, Problem, RowStatistics, Wanted
 from hicl_fast.ops.info_nce.rows import RowWeights, limits, with_margin
@@ -32,6 +33,7 @@ class _Kind:
     unit: UnitRows  # (C, D)
     place: slice
     grad: Tensor  # (C, D); empty where it isn't wanted
+    row_of_left_out: Tensor | None  # (T,) int64, the row that each of the columns in the rules' list is left out of
 
 
 @dataclass
@@ -120,7 +122,10 @@ class _Sweep:
     def _add(self, columns: KindOfColumn, unit: UnitRows) -> None:
         first, self.num_similarities = self.num_similarities, self.num_similarities + columns.count
         grad = torch.zeros_like(unit.rows) if columns.wants_gradient else self.nothing
-        self.kinds.append(_Kind(columns, unit, slice(first, self.num_similarities), grad))
+        rows = None
+        if columns.left_out is not None and columns.left_out_offsets is not None:
+            rows = row_of_each(columns.left_out_offsets, columns.left_out.shape[0])
+        self.kinds.append(_Kind(columns, unit, slice(first, self.num_similarities), grad, rows))
 
     def chunks(self) -> list[slice]:
         extra = 0 if self.problem.extra_logits is None else self.problem.extra_logits.shape[1]
@@ -148,6 +153,7 @@ class _Sweep:
         chunk = _Chunk(rows, logits, target, positive, positive_logit * scale, derivative, [], 1.0, 0.0)
         for kind in self.kinds:
             self._mask_groups(chunk, kind)
+            self._mask_listed(chunk, kind)
         self._mask_above_limit(chunk)
         logits.scatter_(1, target[:, None], -torch.inf)
         return chunk
@@ -168,6 +174,18 @@ class _Sweep:
         chunk.num_positives = chunk.num_positives + in_group.sum(dim=1, dtype=logits.dtype)
         chunk.shift = shift_of_all / chunk.num_positives
         chunk.further_positives.append((kind, in_group))
+
+    def _mask_listed(self, chunk: _Chunk, kind: _Kind) -> None:
+        """The columns of the chunk's rows among those of all rows, each at its place: no device is asked where a list begins."""
+        columns, row = kind.rules.left_out, kind.row_of_left_out
+        if columns is None or row is None:
+            return
+        num_rows, row_length = chunk.logits.shape
+        row = row - chunk.rows.start
+        outside = (row < 0) | (row >= num_rows)
+        place = row.clamp(0, num_rows - 1) * row_length + kind.place.start + columns
+        most = chunk.logits.new_full(place.shape, -torch.inf).masked_fill_(outside, torch.inf)
+        chunk.logits.view(-1).scatter_reduce_(0, place, most, "amin")
 
     def _mask_above_limit(self, chunk: _Chunk) -> None:
         limit = limits(self.problem, chunk.positive, chunk.rows)

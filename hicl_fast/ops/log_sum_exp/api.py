@@ -23,7 +23,7 @@ class RowLogits(NamedTuple):
     """What a row's softmax comes to, (N,) float32 (float64) each, both with gradients."""
 
     negative: Tensor  # (N,) log-sum-exp over the row's columns without its positive; −inf where there is none
-    positive: Tensor  # (N,) its positive's logit
+    positive: Tensor  # (N,) its positive's logit; (T,) with target_offsets
 
 
 def log_sum_exp(
@@ -31,6 +31,7 @@ def log_sum_exp(
     key: Tensor | Columns,  # (M, D)
     *,
     target: Tensor | None = None,  # (N,) int64
+    target_offsets: Tensor | None = None,  # (N + 1,) int64
     temperature: float | Tensor = 0.05,
     negatives: Tensor | Columns | None = None,  # (P, D)
     hard_negative_weight: float = 0.0,
@@ -74,6 +75,9 @@ def log_sum_exp(
         query: (N, D) rows; need not be normalised.
         key: (M, D) candidates, or :class:`Columns`.
         target: (N,) int64, the key that is row i's positive. Default: key i, which needs N ≤ M.
+        target_offsets: (N + 1,) int64, rising from 0 to T, where rows have several positives: those of row i are the keys
+            ``target[target_offsets[i] : target_offsets[i + 1]]``, one at least; target is (T,), and so is ``positive``. None of
+            a row's positives is in its ``negative``.
         temperature: τ > 0, a float or a 0-d tensor; a tensor gets its exact gradient.
         negatives: (P, D) explicit hard negatives, shared by all rows, or :class:`Columns`; get gradients.
         hard_negative_weight: added to the logit of row i's own negative ``negatives[i]`` (needs P = N).
@@ -97,7 +101,8 @@ def log_sum_exp(
         backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
-        ``RowLogits(negative, positive)``, (N,) float32 (float64 where an input is float64) each.
+        ``RowLogits(negative, positive)``, (N,) float32 (float64 where an input is float64) each; with ``target_offsets``
+        ``positive`` is (T,).
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -109,6 +114,7 @@ def log_sum_exp(
         query,
         key,
         target=target,
+        target_offsets=target_offsets,
         temperature=temperature,
         negatives=negatives,
         own_negatives=own_negatives,

@@ -52,8 +52,8 @@ class Outputs(NamedTuple):
     """The first two have gradients."""
 
     negative: Tensor  # (N,) log-sum-exp over the row's columns without its positive; −inf where there is none
-    positive: Tensor  # (N,) the positive's logit
-    similarity: Tensor  # (N,) the positive's similarity
+    positive: Tensor  # (N,) the positive's logit; (T,) where rows have several targets
+    similarity: Tensor  # (N,) the positive's similarity; likewise
     hardest: Tensor  # (N,) largest similarity among the negatives; −inf where there is none
 
 
@@ -69,8 +69,12 @@ _library.define(
 
 def apply(problem: Problem, backend: str, own: Own | None = None, *, in_batch: bool = True) -> Outputs:
     """The rows of a problem, with what each query alone is compared with; without ``in_batch`` the keys are positives alone."""
-    if not in_batch:
-        return _apply_without_batch(problem, backend, own)
+    if not in_batch or problem.targets is not None:
+        return _apply_with_positives_apart(problem, backend, own, in_batch=in_batch)
+    return _apply_with_own(problem, backend, own)
+
+
+def _apply_with_own(problem: Problem, backend: str, own: Own | None) -> Outputs:
     if own is None:
         return _apply(problem, backend)
     problem, hardest = with_own_negatives(problem, own, backend)
@@ -97,38 +101,55 @@ def with_own_negatives(problem: Problem, own: Own, backend: str) -> tuple[Proble
     return replace(problem, extra_logits=logits), hardest
 
 
-def _with_query_for_two(problem: Problem) -> Problem:
+def _with_query_for_two(problem: Problem, *, key_too: bool = False) -> Problem:
     """The query in the type of the sums, since it goes into two operators whose gradients are added, and rounded once."""
     are_bf16 = problem.precision == "default" and all(
         x is None or x.dtype == torch.bfloat16 for x in (problem.query, problem.key, problem.negatives, problem.bank)
     )
     precision = "bf16" if are_bf16 else problem.precision
-    return replace(problem, query=problem.query.to(problem.dtype), precision=precision)
+    key = problem.key.to(problem.dtype) if key_too else problem.key
+    return replace(problem, query=problem.query.to(problem.dtype), key=key, precision=precision)
 
 
-def _apply_without_batch(problem: Problem, backend: str, own: Own | None) -> Outputs:
-    """The positives row by row: nothing of the size of queries × keys is computed."""
-    problem = _with_query_for_two(problem)
-    query, n = problem.query, problem.query.shape[0]
-    positives = problem.key[:n] if problem.target is None else problem.key[problem.target]
-    one_each = torch.arange(n + 1, device=query.device)
+def _apply_with_positives_apart(problem: Problem, backend: str, own: Own | None, *, in_batch: bool) -> Outputs:
+    """Each row's logits with its positives by themselves, as many as it has, and its sum over the other columns."""
+    problem = _with_query_for_two(problem, key_too=in_batch)
+    positive, similarity = _positives(problem, backend)
+    others = replace(problem, margin=0.0) if in_batch else _without_batch(problem)
+    rows = _apply_with_own(others, backend, own)
+    return Outputs(rows.negative, positive, similarity, rows.hardest)
+
+
+def _positives(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
+    """The logits and similarities of a row's positive, (N,), or of all its positives, (T,)."""
+    if problem.targets is not None:
+        query, positives = problem.query[problem.row_of_targets()], problem.key[problem.targets]
+    else:
+        query, n = problem.query, problem.query.shape[0]
+        positives = problem.key[:n] if problem.target is None else problem.key[problem.target]
+    one_each = torch.arange(query.shape[0] + 1, device=query.device)
     logit, similarity = own_log_sum_exp(Own(query, positives, one_each, problem.scale), backend)
-    positive = logit
     if problem.margin:
         scale = problem.scale.to(device=logit.device, dtype=logit.dtype)
-        positive = with_margin(logit / scale, problem.margin)[0] * scale
-    elsewhere = replace(
+        logit = with_margin(logit / scale, problem.margin)[0] * scale
+    return logit, similarity
+
+
+def _without_batch(problem: Problem) -> Problem:
+    """The columns but the keys: nothing of the size of queries × keys is computed."""
+    query, n = problem.query, problem.query.shape[0]
+    return replace(
         problem,
         key=query.new_zeros(1, query.shape[1]),  # stands in for the positive, and nothing is asked of it
         target=torch.zeros(n, dtype=torch.int64, device=query.device),
+        targets=None,
+        target_offsets=None,
         key_group=None if problem.key_group is None or problem.query_group is None else problem.query_group[:1],
         limit=limits_of(problem),
         false_negative_margin=math.inf,
         false_negative_ratio=math.inf,
         margin=0.0,
     )
-    rows = apply(elsewhere, backend, own)
-    return Outputs(rows.negative, positive, similarity, rows.hardest)
 
 
 def _apply(problem: Problem, backend: str) -> Outputs:

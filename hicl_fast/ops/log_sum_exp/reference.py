@@ -11,8 +11,8 @@ from hicl_fast.ops.info_nce.reference import largest, log_sum, logits_of_rows
 
 class RowLogits(NamedTuple):
     negative: Tensor  # (N,)
-    positive: Tensor  # (N,)
-    similarity: Tensor  # (N,) the positive's, detached
+    positive: Tensor  # (N,), or of every target (T,) with target_offsets
+    similarity: Tensor  # likewise, the positive's, detached
     hardest: Tensor  # (N,) largest similarity among the negatives, detached; −inf where there is none
 
 

@@ -61,7 +61,7 @@ def _run_backward(problem: Own, lse: Tensor, lse_grad: Tensor, wanted: Wanted, b
 
 def _checked(operator: str, flat: Sequence[Any], **others: tuple[Tensor, str]) -> Own:
     problem = Own(*flat)
-    check_shapes(operator, **problem.shapes(), offsets=(problem.offsets[1:], "N"), **others)
+    check_shapes(operator, **problem.shapes(), **others)
     if (problem.query_group is None) != (problem.group is None):
         raise ValueError(f"{operator}: query_group, group: expected both or neither, got one")
     return problem

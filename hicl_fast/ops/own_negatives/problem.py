@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hicl_fast.ops.common.autograd import readable
 from hicl_fast.ops.common.numbers import check_scale, sum_type
+from hicl_fast.ops.common.ragged import check_offsets, row_of_each
 
 
 class Wanted(NamedTuple):
@@ -50,9 +50,7 @@ class Own:
         return sum_type(self.query, self.rows)
 
     def query_of_rows(self) -> Tensor:  # (H,) int64
-        count = self.offsets.diff()
-        queries = torch.arange(count.shape[0], device=count.device)
-        return torch.repeat_interleave(queries, count, output_size=self.rows.shape[0])
+        return row_of_each(self.offsets, self.rows.shape[0])
 
     def left_out(self, query_of_rows: Tensor, similarity: Tensor) -> Tensor | None:  # (H,) int64, (H,) -> (H,) bool
         """What the rules leave out; ``None`` where there are none."""
@@ -73,24 +71,13 @@ class Own:
 
     def shapes(self) -> dict[str, tuple[Tensor | None, str]]:
         """By name each tensor and the shape that it must have."""
-        shapes = {"query": "ND", "rows": "HD", "limit": "N", "query_group": "NG", "group": "HG"}
+        shapes = {"query": "ND", "rows": "HD", "offsets": "O", "limit": "N", "query_group": "NG", "group": "HG"}
         return {name: (getattr(self, name), shape) for name, shape in shapes.items()}
 
     def check_values(self) -> None:
         """Raise ``ValueError`` for offsets or a temperature out of range. Looks at host memory only."""
         check_scale(self.scale)
-        if (offsets := readable(self.offsets)) is None or offsets.dim() != 1:
-            return
-        first, last, num_rows = int(offsets[0]), int(offsets[-1]), self.rows.shape[0]
-        if first != 0 or last != num_rows:
-            raise ValueError(
-                f"own_negatives: expected offsets from 0 to the number of rows, {num_rows}, got {first} to {last}"
-            )
-        if (offsets.diff() < 0).any():
-            at = int((offsets.diff() < 0).nonzero()[0])
-            raise ValueError(
-                f"own_negatives: expected rising offsets, got {int(offsets[at])} and then {int(offsets[at + 1])}"
-            )
+        check_offsets("own_negatives", self.offsets, self.rows.shape[0])
 
 
 FIELDS = [one.name for one in fields(Own)]
