@@ -250,6 +250,18 @@ def above_limit(
 
 
 @triton.jit
+def leave_out_listed(y, left_out_ptr, left_out_offsets_ptr, rows, cols, num_rows):
+    """y (BLOCK_ROWS, BLOCK_COLS) with −∞ at the columns that the rows' lists name."""
+    row = tl.minimum(rows, num_rows - 1)
+    first = tl.load(left_out_offsets_ptr + row)
+    count = tl.load(left_out_offsets_ptr + row + 1) - first
+    for place in range(0, tl.max(count, axis=0)):
+        column = tl.load(left_out_ptr + first + place, mask=place < count, other=-1).to(tl.int32)
+        y = tl.where(cols[None, :] == column[:, None], float("-inf"), y)
+    return y
+
+
+@triton.jit
 def store_sums(partials_ptr, plane_stride, plane, col_tile, rows, num_rows, values):
     at = partials_ptr + tl.cast(plane_stride, tl.int64) * plane + col_tile.to(tl.int64) * num_rows + rows
     tl.store(at, values, mask=rows < num_rows)
@@ -320,6 +332,15 @@ class Similarities:
     def limited(self) -> dict[str, Any]:
         """The rule that leaves out what is too similar."""
         return {"limit_ptr": self._of_rows(self.limit), "LIMITED": self.limit is not None}
+
+    def listed(self) -> dict[str, Any]:
+        """The rule that leaves out what a row's list has."""
+        offsets = self.columns.left_out_offsets
+        return {
+            "left_out_ptr": self.columns.left_out,
+            "left_out_offsets_ptr": None if offsets is None else offsets[self.rows.start : self.rows.stop + 1],
+            "LISTED": offsets is not None,
+        }
 
     def added(self) -> dict[str, Any]:
         """What is added to logits."""

@@ -28,6 +28,7 @@ from hicl_fast.kernels.cosine_tile import (
     has_left_out,
     inverses,
     leave_out,
+    leave_out_listed,
     same_group,
     special_columns,
     store_sums,
@@ -152,6 +153,8 @@ def exp_kernel(
     query_group_ptr,  # (num_rows, RELATIONS) int64
     key_group_ptr,  # (num_cols, RELATIONS) int64
     limit_ptr,  # (num_rows,)
+    left_out_ptr,  # columns, int64
+    left_out_offsets_ptr,  # (num_rows + 1,) int64: where each row's among them begin
     exp_out,  # out (num_rows, num_cols): amplitude · exp(ℓ − offset), 0 for a column that is left out
     partials_ptr,  # out (3, column tiles, num_rows): EXP_SUM, HARDEST, DOT
     num_rows,
@@ -166,6 +169,7 @@ def exp_kernel(
     GROUPS: tl.constexpr,
     RELATIONS: tl.constexpr,
     LIMITED: tl.constexpr,
+    LISTED: tl.constexpr,
     HARDENED: tl.constexpr,
     WANTS_DOT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -194,6 +198,8 @@ def exp_kernel(
                 GROUPS, RELATIONS,
             )  # fmt: skip
             y = tl.where(above, float("-inf"), y)
+        if LISTED:
+            y = leave_out_listed(y, left_out_ptr, left_out_offsets_ptr, rows, cols, num_rows)
         store_hardest(partials_ptr, plane_stride, col_tile, rows, num_rows, y, query_inverse)
 
         offset = tl.load(offset_ptr + tl.minimum(rows, num_rows - 1))
@@ -235,6 +241,7 @@ def exp_similarities(
         WANTS_DOT=wants_dot,
         **similarities.arguments(),
         **similarities.limited(),
+        **similarities.listed(),
         **similarities.tile.options(),
     )
 
@@ -250,6 +257,8 @@ def statistics_kernel(
     query_group_ptr,  # (num_rows, RELATIONS) int64
     key_group_ptr,  # (num_cols, RELATIONS) int64
     limit_ptr,  # (num_rows,)
+    left_out_ptr,  # columns, int64
+    left_out_offsets_ptr,  # (num_rows + 1,) int64: where each row's among them begin
     positive_logit_ptr,  # (num_rows,)
     partials_ptr,  # out (4, column tiles, num_rows): EXP_SUM, HARDEST, MAX, POSITIVES_SHIFT
     column_partials_ptr,  # out (2, row tiles, num_cols): Σ exp(ℓ − max), max, down the columns
@@ -264,6 +273,7 @@ def statistics_kernel(
     GROUPS: tl.constexpr,
     RELATIONS: tl.constexpr,
     LIMITED: tl.constexpr,
+    LISTED: tl.constexpr,
     HARDENED: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -292,6 +302,8 @@ def statistics_kernel(
                 GROUPS, RELATIONS,
             )  # fmt: skip
             y = tl.where(above, float("-inf"), y)
+        if LISTED:
+            y = leave_out_listed(y, left_out_ptr, left_out_offsets_ptr, rows, cols, num_rows)
         x = exponents(y, query_inverse, scale_ptr, 0.0, cols, special, bias, hardness, SPECIAL, HARDENED)
         if GROUPS == POSITIVES:
             in_group = same_group(query_group_ptr, key_group_ptr, rows, cols, num_rows, num_cols, RELATIONS)
@@ -330,6 +342,7 @@ def statistics(
         HAS_COLUMNS=column_partials is not None,
         **similarities.arguments(),
         **similarities.limited(),
+        **similarities.listed(),
         **similarities.tile.options(),
     )
 

@@ -24,6 +24,7 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "hardness": ({}, {"hardness", "negatives"}),
     "own negatives": ({"false_negative_margin": 0.1}, {"own", "relations", "negatives"}),
     "target": ({}, {"target", "groups"}),
+    "several targets": ({}, {"several targets", "relations", "negatives", "own"}),
     "everything": ({"false_negative_margin": 0.05}, {"own", "relations", "negatives", "hardness", "target"}),
     "symmetric": ({"symmetric": True, "false_negative_margin": 0.05}, {"own", "relations", "negatives", "hardness"}),
     "symmetric, no groups of keys": ({"symmetric": True}, {"own", "relations", "negatives", "keys without"}),
@@ -47,9 +48,14 @@ def parts(case: str, size: int) -> list[dict[str, Any]]:
         rows["key"][:n] += rows["query"]
         relations = (2,) if "relations" in rules else ()
         ids = {x: torch.randint(0, 6, (count, *relations), generator=generator) for x, count in counts.items()}
-        target = torch.randint(0, counts["key"], (n,), generator=generator)
         offsets = torch.tensor([0, *([OWN[rank]] * n)])
-        found.append({"rows": rows, "ids": ids, "target": target, "offsets": offsets})
+        part = {"rows": rows, "ids": ids, "offsets": offsets}
+        how_many = torch.ones(n, dtype=torch.int64)
+        if "several targets" in rules:
+            how_many = torch.randint(1, 4, (n,), generator=generator)
+            part["target_offsets"] = torch.cat([torch.tensor([0]), how_many.cumsum(0)])
+        part["target"] = torch.randint(0, counts["key"], (int(how_many.sum()),), generator=generator)
+        found.append(part)
     return found
 
 
@@ -67,8 +73,10 @@ def arguments(case: str, part: dict[str, Any], rows: dict[str, Tensor]) -> dict[
     found = {"query": rows["query"], "key": columns("key"), "query_group": ids.get("query")}
     if "negatives" in rules:
         found["negatives"] = columns("negatives")
-    if "target" in rules:
+    if rules & {"target", "several targets"}:
         found["target"] = part["target"]
+    if "target_offsets" in part:
+        found["target_offsets"] = part["target_offsets"]
     if "own" in rules:
         group = ids.get("own") if "relations" in rules else None
         found["own_negatives"] = HF.OwnNegatives(rows["own"], part["offsets"], group=group)
@@ -83,6 +91,11 @@ def on_rank(rank: int, size: int, case: str, gather: Any) -> tuple[Tensor, dict[
     return loss.detach(), {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in rows.items()}
 
 
+def joined_offsets(parts: list[Tensor]) -> Tensor:
+    ends = torch.stack([part[-1] for part in parts]).cumsum(0) - parts[0].new_tensor([int(part[-1]) for part in parts])
+    return torch.cat([parts[0][:1], *(part[1:] + end for part, end in zip(parts, ends, strict=True))])
+
+
 def joined(case: str, size: int) -> tuple[Tensor, dict[str, list[Tensor]]]:
     """The same in one process."""
     found, options = parts(case, size), dict(CASES[case][0])
@@ -90,15 +103,13 @@ def joined(case: str, size: int) -> tuple[Tensor, dict[str, list[Tensor]]]:
     ids = {name: torch.cat([part["ids"][name] for part in found]) for name in found[0]["ids"]}
     counts = {name: [len(part["rows"][name]) for part in found] for name in rows}
     first_key = torch.tensor([0, *counts["key"]]).cumsum(0)
-    own_place = (
-        [torch.arange(n) for n in counts["query"]] if "target" not in CASES[case][1] else [p["target"] for p in found]
-    )
+    is_given = CASES[case][1] & {"target", "several targets"}
+    own_place = [p["target"] for p in found] if is_given else [torch.arange(n) for n in counts["query"]]
     target = torch.cat([place + first for place, first in zip(own_place, first_key, strict=False)])
-    ends = torch.tensor([0, *counts["own"]]).cumsum(0)
-    offsets = torch.cat(
-        [torch.tensor([0]), *(part["offsets"][1:] + end for part, end in zip(found, ends, strict=False))]
-    )
-    whole = {"rows": rows, "ids": ids, "target": target, "offsets": offsets}
+    whole = {"rows": rows, "ids": ids, "target": target}
+    for name in ("offsets", "target_offsets"):
+        if name in found[0]:
+            whole[name] = joined_offsets([part[name] for part in found])
     call = arguments(case, whole, rows)
     if not options.get("symmetric"):
         call["target"] = target

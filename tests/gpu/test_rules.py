@@ -26,6 +26,7 @@ CASES: dict[str, tuple[str, set[str]]] = {
     ),
     "both ways": ("info_nce", {"symmetric", "relations", "hard keys"}),
     "several positives": ("info_nce", {"groups", "positives", "margin of false negatives"}),
+    "several targets": ("info_nce", {"several targets", "limit", "relations", "own negatives"}),
     "own alone": ("info_nce", {"own negatives", "no batch", "rows"}),
 }
 

@@ -19,6 +19,7 @@ from hicl_fast.kernels.tiles import (  # noqa: E402
     DESCRIBED_TILES,
     EXP,
     HEAVY_EXP,
+    LISTED,
     NARROW,
     RULED,
     STATISTICS,
@@ -61,12 +62,14 @@ INDICES = (
     "partner_ptr",
     "begin_ptr",
     "offsets_ptr",
+    "left_out_ptr",
+    "left_out_offsets_ptr",
     "order_ptr",
 )
 PLACES = ("nearest_ptr", "column_index_ptr")
 SIZES = re.compile(r"num_\w+|dim|first_\w+|parts|part_cols|k|\w+_stride|distance")  # the other numbers are float32
 
-NO_RULES = {"RELATIONS": 1, "LIMITED": False, "HARDENED": False}
+NO_RULES = {"RELATIONS": 1, "LIMITED": False, "HARDENED": False, "LISTED": False}
 RULES = {"RELATIONS": 2, "LIMITED": True, "HARDENED": True}
 # With every feature on, a kernel needs the most; plain is what the plain loss runs.
 FEATURES: dict[str, tuple[Any, dict[str, Any], str]] = {
@@ -78,6 +81,16 @@ FEATURES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "exp, own bias, dot": (info_nce.exp_kernel, {"SPECIAL": 2, "GROUPS": 0, "WANTS_DOT": True}, HEAVY_EXP),
     "exp, rules": (info_nce.exp_kernel, {**RULES, "SPECIAL": 1, "GROUPS": 1, "WANTS_DOT": False}, HEAVY_EXP),
     "exp, rules, own, dot": (info_nce.exp_kernel, {**RULES, "SPECIAL": 2, "GROUPS": 1, "WANTS_DOT": True}, HEAVY_EXP),
+    "exp, rules, lists": (
+        info_nce.exp_kernel,
+        {**RULES, "LISTED": True, "SPECIAL": 1, "GROUPS": 1, "WANTS_DOT": True},
+        LISTED,
+    ),
+    "statistics, rules, lists": (
+        info_nce.statistics_kernel,
+        {**RULES, "LISTED": True, "SPECIAL": 1, "GROUPS": 1, "HAS_COLUMNS": False},
+        LISTED,
+    ),
     "statistics": (info_nce.statistics_kernel, {"SPECIAL": 1, "GROUPS": 0, "HAS_COLUMNS": False}, STATISTICS),
     "statistics, relations": (
         info_nce.statistics_kernel,
@@ -316,7 +329,8 @@ def test_arguments_that_are_one_or_none(name: str) -> None:
     kernel, features, absent = LEFT_OUT[name]
     tile = similarity_tile("sm_90", "16 bit", NARROW)
     blocks = {**tile.options(), "BLOCK_DIM": 64, "PRECISION": "ieee", "DESCRIBED": False}
-    constants = {**NO_RULES, **features, **ALONE, **blocks, "limit_ptr": None, **dict.fromkeys([*absent, *GROUPS])}
+    rules = (*GROUPS, "limit_ptr", "left_out_ptr", "left_out_offsets_ptr")
+    constants = {**NO_RULES, **features, **ALONE, **blocks, **dict.fromkeys([*absent, *rules])}
     taken = {key: value for key, value in constants.items() if key in kernel.arg_names}
     compiled = compile_for("sm_90", kernel, _types(kernel.arg_names, "bf16"), taken, num_warps=8)
     assert resources_of(compiled).spills == 0

@@ -65,7 +65,7 @@ def products_in_32_bits(ttir: str) -> list[str]:
     return found
 
 
-RULES = {"RELATIONS": 2, "LIMITED": True, "HARDENED": True}
+RULES = {"RELATIONS": 2, "LIMITED": True, "HARDENED": True, "LISTED": True}
 TILED = {**RULES, **similarity_tile("sm_90", "16 bit", NARROW).options(), "PRECISION": "ieee", "DESCRIBED": False}
 ROW = {"BLOCK_ROWS": 4, "BLOCK_DIM": 1024}
 POOL = {"SUM_TYPE": tl.float32, "BLOCK_DIM": 512}

@@ -44,16 +44,23 @@ def test_log_sum_exp_with_each(rule: str) -> None:
 
 
 def test_everything_at_a_time() -> None:
-    everything = set(OF_ROWS) - {"groups", "own negatives", "no batch"}
+    everything = set(OF_ROWS) - {"groups", "own negatives", "no batch", "several targets"}
     assert_exact("log_sum_exp", draw(everything), "triton", torch.float32)
     assert_exact("info_nce", draw(everything), "triton", torch.float32)
     assert_exact("info_nce", draw((everything - {"target"}) | {"symmetric", "rows"}), "triton", torch.float32)
 
 
+def test_everything_with_several_targets() -> None:
+    refused = {"margin of false negatives", "ratio of false negatives", "target"}
+    everything = set(OF_ROWS) - {"groups", "own negatives", "no batch"} - refused
+    assert_exact("log_sum_exp", draw(everything), "triton", torch.float32)
+    assert_exact("info_nce", draw(everything | {"rows"}), "triton", torch.float32)
+
+
 def test_two_sweeps(several_tiles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where exponentials would leave float32's range in one."""
     monkeypatch.setattr(several_tiles, "MAX_SPREAD", 0.0)
-    for name in ("limit", "relations", "hard keys", "hard negatives"):
+    for name in ("limit", "relations", "hard keys", "hard negatives", "several targets"):
         assert_exact("info_nce", draw({name}), "triton", torch.float32)
 
 

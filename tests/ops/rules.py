@@ -43,6 +43,16 @@ def _own(case: Case, g: torch.Generator) -> None:
     case |= {"own_negatives": _randn(g, H, D), "own_offsets": offsets}
 
 
+def _several_targets(case: Case, g: torch.Generator) -> None:
+    """One or more each, one row has many, and a key may be named twice."""
+    counts = torch.randint(1, 4, (N,), generator=g)
+    counts[N // 2] = M
+    target = torch.randint(0, M, (int(counts.sum()),), generator=g)
+    offsets = torch.cat([torch.tensor([0]), counts.cumsum(0)])
+    target[offsets[:-1]] = torch.arange(N)  # its own among them
+    case |= {"target": target, "target_offsets": offsets}
+
+
 # Each changes a case that has keys, explicit negatives, a bank and extra logits.
 RULES: dict[str, Callable[[Case, torch.Generator], Any]] = {
     "limit": lambda case, g: case.update(limit=_randn(g, N) * 0.3 + 0.2),
@@ -58,6 +68,7 @@ RULES: dict[str, Callable[[Case, torch.Generator], Any]] = {
     "no batch": lambda case, g: case.update(in_batch=False),
     "own negatives' weight": lambda case, g: case.update(hard_negative_weight=0.7),
     "target": lambda case, g: case.update(target=torch.randint(0, M, (N,), generator=g)),
+    "several targets": _several_targets,
     "angular margin": lambda case, g: case.update(margin=0.1),
     "symmetric": lambda case, g: case.update(symmetric=True, key=case["key"][:N]),
     "rows": lambda case, g: case.update(reduction="none"),
@@ -67,6 +78,11 @@ RULES: dict[str, Callable[[Case, torch.Generator], Any]] = {
 # What can't be asked for together.
 TOGETHER = (
     {"symmetric", "target"},
+    {"several targets", "target"},
+    {"several targets", "symmetric"},
+    {"several targets", "margin of false negatives"},
+    {"several targets", "ratio of false negatives"},
+    {"several targets", "positives", "groups"},
     {"positives", "relations"},
     {"positives", "hard keys", "groups"},
     {"positives", "hard negatives", "groups"},
@@ -108,8 +124,10 @@ def _keeps_off_limits(case: Case) -> bool:
     query = reference.normalise(case["query"])
     columns = [case[name] for name in ("key", "negatives", "bank", "own_negatives") if name in case]
     cosines = query @ reference.normalise(torch.cat(columns)).T
-    positive = cosines.gather(1, case.get("target", torch.arange(N))[:, None])
-    limits = [positive + case.get("false_negative_margin", 9), positive * case.get("false_negative_ratio", 9)]
+    limits = []
+    if "target_offsets" not in case:
+        positive = cosines.gather(1, case.get("target", torch.arange(N))[:, None])
+        limits = [positive + case.get("false_negative_margin", 9), positive * case.get("false_negative_ratio", 9)]
     if "limit" in case:
         limits.append(case["limit"][:, None])
     return all(bool(((cosines - limit).abs() > NEAR).all()) for limit in limits)

@@ -166,14 +166,76 @@ def test_groups_of_some_kinds_alone(kinds: tuple[str, ...], more: set[str], back
         torch.testing.assert_close(got, eager[what])
 
 
+def test_several_targets_one_by_one(backend: str) -> None:
+    """A row's loss is the mean of those with one of its positives and without the others."""
+    query, key = (torch.randn(n, 5, generator=torch.Generator().manual_seed(n)).double() for n in (3, 7))
+    lists = [[4], [0, 2, 2, 6], [5, 1]]
+    offsets = torch.tensor([0, 1, 5, 7])
+    got = HF.info_nce(
+        query, key, target=torch.tensor(sum(lists, [])), target_offsets=offsets, reduction="none", backend=backend
+    )
+    for row, loss, positives in zip(query, got, lists, strict=True):
+        others = [key[j] for j in range(7) if j not in positives]
+        alone = [
+            reference.info_nce(row[None], torch.stack([key[p], *others]), reduction="none") for p in positives
+        ]
+        torch.testing.assert_close(loss, torch.cat(alone).mean())
+
+
+def test_one_target_each_is_the_plain_loss(backend: str) -> None:
+    case = draw({"target", "relations", "limit"})
+    several = case | {"target_offsets": torch.arange(rules.N + 1)}
+    plain = evaluate(lambda c: fused(HF.info_nce, c, backend=backend), case)
+    for what, got in evaluate(lambda c: fused(HF.info_nce, c, backend=backend), several).items():
+        torch.testing.assert_close(got, plain[what], rtol=1e-9, atol=1e-11)
+
+
+def test_rows_whose_positives_are_all_there_is(backend: str) -> None:
+    query, key = torch.randn(2, 4, dtype=torch.float64).requires_grad_(), torch.randn(3, 4, dtype=torch.float64)
+    target, offsets = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 3, 4])
+    loss = HF.info_nce(query, key, target=target, target_offsets=offsets, reduction="none", backend=backend)
+    loss.sum().backward()
+    assert loss[0] == 0 and loss[1] > 0 and (query.grad[0] == 0).all() and not query.grad.isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target": None}, "target: expected an int64 tensor, since target_offsets is given, got None"),
+        ({"target": torch.arange(2)}, r"target: expected shape \(T,\), one for each of the 3 queries at least, got"),
+        ({"target": torch.arange(4).float()}, "target: expected an int64 tensor"),
+        ({"target": torch.tensor([0, 1, 2, 9])}, "target: expected indices of keys, 0 to 4, got values from 0 to 9"),
+        ({"target_offsets": torch.tensor([0, 1, 2])}, r"target_offsets: expected shape \(4,\), one more than queries"),
+        ({"target_offsets": torch.tensor([0, 1, 2, 3])}, "target_offsets: expected offsets from 0 to the number of rows, 4"),
+        ({"target_offsets": torch.tensor([0, 3, 2, 4])}, "target_offsets: expected rising offsets, got 3 and then 2"),
+        ({"target_offsets": torch.tensor([0, 2, 2, 4])}, "target_offsets: expected 1 for each row at least, got 0 for row 1"),
+        ({"false_negative_margin": 0.1}, "false_negative_margin: expected None with target_offsets"),
+        ({"false_negative_ratio": 0.9}, "false_negative_ratio: expected None with target_offsets"),
+        ({"symmetric": True}, "symmetric: expected as many queries as keys and no target"),
+        ({"mixing": HF.Mixing(1, torch.zeros(3, 1, 2).long())}, "mixing: expected None with target_offsets"),
+        (
+            {"query_group": torch.arange(3), "key_group": torch.arange(5), "same_group": "positive"},
+            "target_offsets: expected None with same_group='positive'",
+        ),
+    ],
+)
+def test_what_several_targets_refuse(changes: Case, message: str, backend: str) -> None:
+    right = {"target": torch.tensor([0, 1, 2, 3]), "target_offsets": torch.tensor([0, 2, 3, 4])}
+    HF.info_nce(torch.randn(3, 4), torch.randn(5, 4), **right, backend=backend)
+    with pytest.raises((TypeError, ValueError), match=message):
+        HF.info_nce(torch.randn(3, 4), torch.randn(5, 4), **right | changes, backend=backend)
+
+
+@pytest.mark.parametrize("excluded", ["target", "several targets"])
 @pytest.mark.parametrize("name", ["negative", "positive"])
-def test_one_upstream_gradient_alone(name: str, backend: str) -> None:
-    case = draw(set(OF_ROWS) - {"groups", "own negatives"})
-    weights = torch.linspace(-1, 2, rules.N).double()
+def test_one_upstream_gradient_alone(name: str, excluded: str, backend: str) -> None:
+    refused = {"margin of false negatives", "ratio of false negatives"} if excluded == "target" else set()
+    case = draw(set(OF_ROWS) - {"groups", "own negatives", excluded} - refused)
 
     def gradients(operator: object, of: Case) -> tuple[Tensor, ...]:
         leaves = {one: of[one].clone().requires_grad_() for one in rules.DIFFERENTIABLE if one in of}
         value = getattr(operator(of | leaves), name)  # type: ignore[operator]
+        weights = torch.linspace(-1, 2, len(value)).double()
         return torch.autograd.grad(
             (value * weights).sum(), list(leaves.values()), materialize_grads=True, allow_unused=True
         )
@@ -208,29 +270,33 @@ def test_far_positives_take_no_digits(backend: str) -> None:
     assert relative_error(got.negative, exact.negative) < 1e-6 and relative_error(got.positive, exact.positive) < 1e-6
 
 
-@pytest.mark.parametrize("rule", ["plain", "relations", "limit", "hard negatives", "own negatives", "no batch"])
+@pytest.mark.parametrize(
+    "rule", ["plain", "relations", "limit", "hard negatives", "own negatives", "no batch", "several targets"]
+)
 def test_twice(rule: str, backend: str) -> None:
     case = draw({rule} - {"plain"})
     names = [name for name in rules.DIFFERENTIABLE if name in case]
 
     def rows(*inputs: Tensor) -> Tensor:
-        return torch.stack(fused(HF.log_sum_exp, case | dict(zip(names, inputs, strict=True)), backend=backend))
+        return torch.cat(fused(HF.log_sum_exp, case | dict(zip(names, inputs, strict=True)), backend=backend))
 
     inputs = [case[name].clone().requires_grad_() for name in names]
     first = torch.autograd.grad(rows(*inputs).square().sum(), inputs, create_graph=True)
     again = [x.detach().clone().requires_grad_() for x in inputs]
-    plain = torch.stack(reference.log_sum_exp(**case | dict(zip(names, again, strict=True)))[:2])
+    plain = torch.cat(reference.log_sum_exp(**case | dict(zip(names, again, strict=True)))[:2])
     expected = torch.autograd.grad(plain.square().sum(), again, create_graph=True)
     got = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
     for one, other in zip(got, torch.autograd.grad(sum(g.square().sum() for g in expected), again), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
 
 
-def test_forward_mode_and_functions(backend: str) -> None:
-    case = draw({"limit", "relations"})
+@pytest.mark.parametrize("rule", ["relations", "several targets"])
+def test_forward_mode_and_functions(rule: str, backend: str) -> None:
+    case = draw({"limit", rule})
 
     def total(query: Tensor) -> Tensor:
-        return fused(HF.log_sum_exp, case | {"query": query}, backend=backend).negative.sum()
+        rows = fused(HF.log_sum_exp, case | {"query": query}, backend=backend)
+        return rows.negative.sum() + rows.positive.square().sum()
 
     (expected,) = torch.autograd.grad(total(query := case["query"].clone().requires_grad_()), query)
     torch.testing.assert_close(torch.func.grad(total)(case["query"]), expected)
@@ -243,6 +309,7 @@ def test_forward_mode_and_functions(backend: str) -> None:
         ("margin of false negatives",),
         ("own negatives", "limit"),
         ("no batch", "own negatives", "relations"),
+        ("several targets", "own negatives"),
     ],
     ids=", ".join,
 )
@@ -261,6 +328,9 @@ def test_registered_operator(backend: str) -> None:
 
     q, k = torch.randn(5, 4).requires_grad_(), torch.randn(6, 4).requires_grad_()
     problem = Problem(q, k, torch.tensor(20.0), limit=torch.full((5,), 0.3)).flat()
+    torch.library.opcheck(torch.ops.hicl_fast.log_sum_exp.default, (*problem, backend))
+    targets = {"targets": torch.arange(6), "target_offsets": torch.tensor([0, 1, 2, 3, 4, 6])}
+    problem = Problem(q, k, torch.tensor(20.0), **targets).flat()
     torch.library.opcheck(torch.ops.hicl_fast.log_sum_exp.default, (*problem, backend))
 
 

@@ -63,12 +63,20 @@ def columns(*kinds: KindOfColumn) -> dict[str, list[Any]]:
     }
 
 
+LISTS = {"left_out": torch.arange(M), "left_out_offsets": torch.cat([torch.zeros(N).long(), torch.tensor([M])])}
+
+
+LISTED_ALONE = {"special_column": None, "groups": 0, "query_group": None, "group": None}
+LISTED_ALONE |= {"left_out": torch.arange(N), "left_out_offsets": torch.arange(N + 1)}
+
+
 def keys(**rules: Any) -> KindOfColumn:
     in_groups = {"groups": 1, "query_group": torch.arange(N)[:, None], "group": torch.arange(M)[:, None]}
     return KindOfColumn(
         **{"name": "key", "vectors": rows(M, D), "wants_gradient": True, "special": 1}
         | {"special_column": to_last(N, M)}
         | in_groups
+        | LISTS
         | rules
     )
 
@@ -129,7 +137,7 @@ CPP = [
     Call(
         "info_nce",
         {"query": rows(N, D), **columns(KEYS, OWN, BANK), "extra_logits": rows(N, 2), "loss_grad": rows(N)} | REST,
-        ("column_tensors[4]: dimension 0 larger", "column_tensors[8]: dimension 0", *COLUMNS),
+        ("column_tensors[6]: dimension 0 larger", "column_tensors[12]: dimension 0", *COLUMNS),
     ),
     Call(
         "info_nce",
@@ -180,7 +188,7 @@ CPP = [
         | REST
         | LIMITS
         | {"negative_grad": rows(N), "positive_grad": rows(N)},
-        ("column_tensors[0]: dimension 0 larger", "column_tensors[4]: dimension 0 larger"),
+        ("column_tensors[0]: dimension 0 larger", "column_tensors[6]: dimension 0 larger"),
     ),
     Call("own_log_sum_exp", OWN_ROWS | OWN_NUMBERS),
     Call(
@@ -294,6 +302,14 @@ def test_gradients_of_terms(name: str) -> None:
                 (keys(special=1.5), OWN, BANK),
                 (keys(**RELATIONS | {"groups": 2}), OWN, BANK),
                 (keys(query_group=two_ids(N)), OWN, BANK),
+                (keys(left_out_offsets=None), OWN, BANK),
+                (keys(left_out=None), OWN, BANK),
+                (keys(left_out=LISTS["left_out"] + 1), OWN, BANK),
+                (keys(left_out=LISTS["left_out"] - 1), OWN, BANK),
+                (keys(left_out_offsets=LISTS["left_out_offsets"] + 1), OWN, BANK),
+                (keys(left_out_offsets=LISTS["left_out_offsets"].flip(0)), OWN, BANK),
+                (keys(groups=2), OWN, BANK),
+                (KEYS, own(left_out=torch.arange(N), left_out_offsets=torch.arange(N + 1)), BANK),
                 (),
             )
         ),
@@ -310,6 +326,8 @@ def test_gradients_of_terms(name: str) -> None:
             CPP[1].arguments
             | columns(keys(vectors=rows(N, D), special_column=None, group=torch.arange(N)[:, None], groups=2)),
         ),
+        ("info_nce", CPP[1].arguments | columns(keys(vectors=rows(N, D), **LISTED_ALONE))),
+        ("info_nce", CPP[2].arguments | columns(keys(vectors=rows(N, D), **LISTED_ALONE))),
         ("info_nce", CPP[1].arguments | columns(plain_keys(N + 1, D))),
         ("info_nce", CPP[1].arguments | {"symmetric": False} | columns(plain_keys(N - 1, D))),
         ("info_nce", CPP[1].arguments | {"query": rows(0, D)} | columns(plain_keys(0, D))),

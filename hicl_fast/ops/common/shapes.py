@@ -11,7 +11,7 @@ def check_shapes(operator: str, **arguments: tuple[Tensor | None, str]) -> None:
     Args:
         operator: its name.
         arguments: by name a tensor and its shape, a letter for each dimension: the same letter is the same size, at least 1
-            for N, and one more than N for O (offsets); a digit is itself.
+            for N; where there is an N, O (offsets) is one more; and a digit is itself.
     """
     sizes: dict[str, int] = {}
     for name, (x, shape) in arguments.items():
@@ -30,4 +30,4 @@ def check_shapes(operator: str, **arguments: tuple[Tensor | None, str]) -> None:
 def _size(letter: str, sizes: dict[str, int]) -> int | str:
     if letter.isdigit():
         return int(letter)
-    return sizes["N"] + 1 if letter == "O" else sizes.get(letter, letter)
+    return sizes["N"] + 1 if letter == "O" and "N" in sizes else sizes.get(letter, letter)

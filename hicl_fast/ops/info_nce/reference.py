@@ -125,8 +125,8 @@ def logits_of_rows(
     positive = similarity[row, target]  # (T,)
     is_target = torch.zeros(n, m, dtype=torch.bool, device=query.device)
     is_target = is_target.index_put((row, target), torch.ones_like(target, dtype=torch.bool))
-    key_logits = similarity.index_put((row, target), _with_margin(positive, margin)) / temperature
-    positive_logit = key_logits[row, target]
+    positive_logit = _with_margin(positive, margin) / temperature
+    key_logits = (similarity / temperature).index_put((row, target), positive_logit)
 
     limit = torch.full((n,), torch.inf) if limit is None else limit
     limit = limit.to(device=query.device, dtype=dtype)

@@ -21,7 +21,7 @@ from torch import Tensor
 from hicl_fast.kernels import info_nce as kernels
 from hicl_fast.kernels.cosine_tile import Similarities, tile_for
 from hicl_fast.kernels.info_nce import RowResults
-from hicl_fast.kernels.tiles import EXP, HEAVY_EXP, NARROW, RULED, STATISTICS, Tile
+from hicl_fast.kernels.tiles import EXP, HEAVY_EXP, LISTED, NARROW, RULED, STATISTICS, Tile
 from hicl_fast.ops.common.constants import Groups, Special
 from hicl_fast.ops.common.triton import on_device
 from hicl_fast.ops.info_nce.problem import Gradients, Problem, RowStatistics, Wanted
@@ -98,7 +98,8 @@ class _Sweeps:
         self.operands, self.wanted = operands, operands.wanted
         self.problem, self.scale = operands.problem, operands.scale
         has_own = any(kind.rules.special == Special.OWN_NEGATIVE for kind in operands.kinds)
-        self.exp = self._tiling(HEAVY_EXP if has_own or self.wanted.scale or operands.has_rules else EXP)
+        heavy = HEAVY_EXP if has_own or self.wanted.scale or operands.has_rules else EXP
+        self.exp = self._tiling(LISTED if operands.has_lists else heavy)
         self.narrow = self._tiling(RULED if operands.has_rules else NARROW)
         self.sums = self._tiling_of_sums()
         self.widths = [-(-kind.count // _ALIGNMENT) * _ALIGNMENT for kind in operands.kinds]

@@ -72,7 +72,11 @@ class Operands:
     def has_rules(self) -> bool:
         """Whether what a tile's end looks at takes registers beyond those of one group for each column."""
         of_kinds = any(kind.rules.hardness or kind.rules.num_relations > 1 for kind in self.kinds)
-        return of_kinds or self.limit is not None
+        return of_kinds or self.limit is not None or self.has_lists
+
+    @property
+    def has_lists(self) -> bool:
+        return any(kind.rules.left_out is not None for kind in self.kinds)
 
     @property
     def has_several_positives(self) -> bool:

@@ -113,6 +113,7 @@ def _with_query_for_two(problem: Problem, *, key_too: bool = False) -> Problem:
 
 def _apply_with_positives_apart(problem: Problem, backend: str, own: Own | None, *, in_batch: bool) -> Outputs:
     """Each row's logits with its positives by themselves, as many as it has, and its sum over the other columns."""
+    problem.check_values()
     problem = _with_query_for_two(problem, key_too=in_batch)
     positive, similarity = _positives(problem, backend)
     others = replace(problem, margin=0.0) if in_batch else _without_batch(problem)
