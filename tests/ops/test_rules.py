@@ -176,9 +176,7 @@ def test_several_targets_one_by_one(backend: str) -> None:
     )
     for row, loss, positives in zip(query, got, lists, strict=True):
         others = [key[j] for j in range(7) if j not in positives]
-        alone = [
-            reference.info_nce(row[None], torch.stack([key[p], *others]), reduction="none") for p in positives
-        ]
+        alone = [reference.info_nce(row[None], torch.stack([key[p], *others]), reduction="none") for p in positives]
         torch.testing.assert_close(loss, torch.cat(alone).mean())
 
 
@@ -206,9 +204,15 @@ def test_rows_whose_positives_are_all_there_is(backend: str) -> None:
         ({"target": torch.arange(4).float()}, "target: expected an int64 tensor"),
         ({"target": torch.tensor([0, 1, 2, 9])}, "target: expected indices of keys, 0 to 4, got values from 0 to 9"),
         ({"target_offsets": torch.tensor([0, 1, 2])}, r"target_offsets: expected shape \(4,\), one more than queries"),
-        ({"target_offsets": torch.tensor([0, 1, 2, 3])}, "target_offsets: expected offsets from 0 to the number of rows, 4"),
+        (
+            {"target_offsets": torch.tensor([0, 1, 2, 3])},
+            "target_offsets: expected offsets from 0 to the number of rows, 4",
+        ),
         ({"target_offsets": torch.tensor([0, 3, 2, 4])}, "target_offsets: expected rising offsets, got 3 and then 2"),
-        ({"target_offsets": torch.tensor([0, 2, 2, 4])}, "target_offsets: expected 1 for each row at least, got 0 for row 1"),
+        (
+            {"target_offsets": torch.tensor([0, 2, 2, 4])},
+            "target_offsets: expected 1 for each row at least, got 0 for row 1",
+        ),
         ({"false_negative_margin": 0.1}, "false_negative_margin: expected None with target_offsets"),
         ({"false_negative_ratio": 0.9}, "false_negative_ratio: expected None with target_offsets"),
         ({"symmetric": True}, "symmetric: expected as many queries as keys and no target"),

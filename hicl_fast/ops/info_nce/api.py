@@ -173,9 +173,9 @@ def info_nce_with_statistics(
 ) -> Result:
     """:func:`info_nce`, and what it finds on its way: ``(loss, positive, hardest, hard_negatives)``.
 
-    ``positive`` and ``hardest`` are the detached similarities of each row's positive (N,), of several the mean, and of its hardest negative
-    (N,), −inf for a row that has none among keys, explicit negatives and bank; ``hard_negatives`` are the keys (N, k)
-    that ``mixing`` took, or ``None``.
+    ``positive`` and ``hardest`` are the detached similarities of each row's positive (N,), of several the mean, and of its
+    hardest negative (N,), −inf for a row that has none among keys, explicit negatives and bank; ``hard_negatives`` are the
+    keys (N, k) that ``mixing`` took, or ``None``.
     """
     problem = problem_of(
         query,
