@@ -79,12 +79,14 @@ def floating_matrix(name: str, value: Tensor, shape: str, *, like: Tensor | None
         same_device(name, value, like)
 
 
-def floating_rows(name: str, value: Tensor, shape: str, query: Tensor) -> None:
-    """A floating-point tensor (N, K, D) for queries (N, D)."""
+def floating_rows(name: str, value: Tensor, shape: str, query: Tensor, *, or_else: str) -> None:
+    """A floating-point tensor (N, K, D) for queries (N, D); ``or_else``: the other type that it could have been."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor of shape {shape}, got {describe(value)}")
+        raise TypeError(f"{name}: expected a tensor of shape {shape} or {or_else}, got {describe(value)}")
     if value.dim() != 3 or value.shape[0] != query.shape[0] or value.shape[2] != query.shape[1]:
-        raise ValueError(f"{name}: expected shape {shape}, some rows for each query, got {describe(value)}")
+        raise ValueError(
+            f"{name}: expected shape {shape}, some rows for each query, or {or_else}, got {describe(value)}"
+        )
     floating_matrix(name, value[0], shape, like=query)
 
 

@@ -494,12 +494,13 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--false_negative_margin",
         type=float,
-        help="leave out what is more similar than the query's positive plus this (Qwen3-Embedding: 0.1)",
+        help="leave out what is more similar than the query's positive plus this (Qwen3-Embedding: 0.1); of the same 128, "
+        "and not of a query without a positive",
     )
     add(
         "--false_negative_ratio",
         type=float,
-        help="leave out what is more similar than this times the query's positive (NV-Retriever: 0.95)",
+        help="leave out what is more similar than this times the query's positive (NV-Retriever: 0.95); likewise",
     )
     add("--model_name_or_path", help="for text: a folder of sentence-transformers or of the trainer, or any encoder")
     add("--pooler_type", help="default: what the folder's modules.json or config says, otherwise avg")

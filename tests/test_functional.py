@@ -26,6 +26,8 @@ Q, K = torch.randn(4, 3), torch.randn(4, 3)
         ({"target": torch.zeros(4)}, TypeError, "target: expected an int64"),
         ({"target": torch.tensor([0, 1, 2, 4])}, ValueError, "target: expected indices of keys, 0 to 3"),
         ({"temperature": 0.0}, ValueError, "temperature: expected a number above 0"),
+        ({"temperature": torch.tensor(0.0)}, ValueError, "temperature: expected a number above 0, got 0.0"),
+        ({"temperature": torch.tensor(torch.inf)}, ValueError, "temperature: expected a number above 0, got inf"),
         ({"temperature": torch.tensor(-1.0)}, ValueError, "temperature: expected a number above 0, got -1.0"),
         ({"temperature": "low"}, TypeError, "temperature: expected a number"),
         ({"negatives": torch.randn(4, 2)}, ValueError, "negatives: expected rows of length 3"),

@@ -124,6 +124,14 @@ BREAKS = (
         f"{RULES} -k 'torch and ratio'",
     ),
     Break(
+        "list-of-the-next-row",
+        "torch",
+        "hicl_fast/ops/info_nce/torch.py",
+        "row = row - chunk.rows.start",
+        "row = row + 1 - chunk.rows.start",
+        f"{RULES} -k 'torch and several'",
+    ),
+    Break(
         "own-of-the-next",
         "torch",
         "hicl_fast/ops/own_negatives/torch.py",
@@ -344,6 +352,14 @@ BREAKS = (
         f"{RULES} -k 'cpp and sizes'",
     ),
     Break(
+        "list-without-its-last",
+        "cpp",
+        "csrc/cpu/info_nce_prepared.h",
+        "at < rules.left_out_offsets[i + 1]; ++at",
+        "at < rules.left_out_offsets[i + 1] - 1; ++at",
+        f"{RULES} -k 'cpp and several'",
+    ),
+    Break(
         "own-radial",
         "cpp",
         "csrc/cpu/own_negatives.cpp",
@@ -367,6 +383,14 @@ BREAKS = (
         "x = tl.where(in_group, FILL, x)",
         "x = tl.where(in_group, x, x)",
         "tests/kernels/test_info_nce.py",
+    ),
+    Break(
+        "triton-list-of-others",
+        "triton",
+        "kernels/cosine_tile.py",
+        "mask=place < count, other=-1)",
+        "mask=place <= count, other=-1)",
+        "tests/kernels/test_rules.py -k several",
     ),
     Break(
         "triton-last-column",

@@ -78,7 +78,7 @@ class Given(NamedTuple):
                 raise ValueError(f"target: expected None with {mixing}, which takes key i for query i's positive")
             if self.query_group is not None and self.query_group.dim() > 1:
                 raise ValueError(f"query_group: expected one relation, (N,), with {mixing}, which knows of one")
-        options = loss._options(self.negatives)
+        options = loss._options(self.negatives, self.own_negatives)
         check_own_negatives(options["hard_negative_weight"], self.query, self.negatives)
         problem = problem_of(
             self.query,
@@ -89,7 +89,7 @@ class Given(NamedTuple):
             own_negatives=self.own_negatives,
             query_group=self.query_group,
             key_group=self.key_group,
-            **loss._queued(self.query_group),
+            **loss._queued(self.query, self.query_group),
             **options,
         )
         problem.check_values()
@@ -132,11 +132,12 @@ class FusedInfoNCELoss(nn.Module):
             called in training, and comes back from there as soon as the gradient asks for it.
         margin: ArcCon's angular margin in radians.
         symmetric: average with the loss of queries and keys exchanged.
-        hard_negative_weight: added to the logit of row i's own negative (SimCSE's rule).
+        hard_negative_weight: added to the logit of row i's own negative among ``negatives``, ``negatives[i]`` (SimCSE's rule).
         false_negative_margin: m: columns that are more similar to a query than its positive plus m are taken for false
             negatives and left out (Qwen3-Embedding, arXiv 2506.05176: 0.1).
         false_negative_ratio: ρ: those more similar than ρ times its positive (NV-Retriever, arXiv 2407.15831: 0.95).
-        in_batch: ``False``: keys are positives alone, not the other queries' negatives (NV-Embed's second stage).
+        in_batch: ``False``: keys are positives alone, not the other queries' negatives (NV-Embed's second stage; with a queue
+            alone, MoCo, whose first step has a loss of 0).
         same_group: what keys of a row's own group are: ``"exclude"``, ``"negative"`` or ``"positive"``; keys of the queue
             as well as the batch's.
         queue_size: rows of earlier batches' keys kept as further negatives; 0 keeps none. They join while training only.
@@ -290,9 +291,10 @@ class FusedInfoNCELoss(nn.Module):
         mixtures = Mixtures()
         if self.hard_negative_mixing is not None:
             mixtures = self.hard_negative_mixing(query, keys.rows, temperature, groups)
+        has_columns = isinstance(key, HF.Columns)  # as it came, so that errors name what was given
         result = HF.info_nce_with_statistics(
             query,
-            keys,
+            keys if has_columns else keys.rows,
             target=target,
             target_offsets=target_offsets,
             temperature=temperature,
@@ -301,8 +303,9 @@ class FusedInfoNCELoss(nn.Module):
             extra_logits=mixtures.extra_logits,
             mixing=mixtures.mixing,
             query_group=query_group,
-            **self._queued(query_group),
-            **self._options(negatives),
+            key_group=None if has_columns else keys.group,
+            **self._queued(query, query_group),
+            **self._options(negatives, own_negatives),
         )
         if self.queue is not None and self.training:
             self.queue.push(keys.rows, keys.group)
@@ -311,16 +314,27 @@ class FusedInfoNCELoss(nn.Module):
         self._rows = (unwrapped(result.loss), unwrapped(result.positive), unwrapped(result.hardest))
         return result.loss
 
-    def _options(self, negatives: object | None) -> dict[str, Any]:
+    def _options(self, negatives: object | None, own_negatives: object | None) -> dict[str, Any]:
         """What :func:`hicl_fast.functional.info_nce` is asked for beside its tensors."""
         options = {name: getattr(self, name) for name in OPTIONS}
-        return options if negatives is not None else {**options, "hard_negative_weight": 0.0}
+        if negatives is not None:
+            return options
+        if self.hard_negative_weight and own_negatives is not None:
+            raise ValueError(
+                "hard_negative_weight: expected 0 with own_negatives and no negatives, since it is for negatives[i], "
+                f"got {self.hard_negative_weight}"
+            )
+        return {**options, "hard_negative_weight": 0.0}
 
-    def _queued(self, query_group: Tensor | None) -> dict[str, Any]:
+    def _queued(self, query: Tensor, query_group: Tensor | None) -> dict[str, Any]:
         """The queue's rows as a bank, and their groups where the queries have groups."""
         if self.queue is None or not self.training:
             return {}
-        return {"bank": self.queue.rows(), "bank_group": None if query_group is None else self.queue.groups()}
+        self.queue.check_fits("query", query, query_group)
+        rows, groups = self.queue.rows(), self.queue.groups()
+        if rows is None and not self.in_batch:  # the first step, which has nothing to tell its positives from yet
+            rows = query.detach()[:0] if isinstance(query, Tensor) else None
+        return {"bank": rows, "bank_group": None if query_group is None else groups}
 
     def _groups(self, query_group: Tensor | None, key_group: Tensor | None) -> Groups | None:
         """The groups as far as they decide what can be a hard negative."""
@@ -380,8 +394,8 @@ class FusedInfoNCELoss(nn.Module):
             gather=self.gather,
             mix=mix if mixes else None,
             temperature=self.temperature(),
-            **self._queued(query_group),
-            **self._options(given.negatives),
+            **self._queued(query, query_group),
+            **self._options(given.negatives, given.own_negatives),
         )
         if self.queue is not None and self.training and result.keys is not None:
             self.queue.push(result.keys, result.key_group)

@@ -62,6 +62,21 @@ class NegativeQueue(Stateful):
         return self.group[: len(self)] if len(self.group) and len(self) else None
 
     @torch.compiler.disable
+    def check_fits(self, name: str, rows: Tensor, group: Tensor | None) -> None:
+        """Raise ``ValueError`` where rows (N, D) and groups, (N,) or (N, G), have not the D and the G of what is stored."""
+        if len(self) and isinstance(rows, Tensor) and rows.dim() == 2 and rows.shape[1] != self.storage.shape[1]:
+            raise ValueError(
+                f"{name}: expected rows of length {self.storage.shape[1]}, as the queue has, got {check.describe(rows)}"
+            )
+        if group is None or not len(self.group) or not isinstance(group, Tensor):
+            return
+        if group[:1].numel() != self.group[:1].numel():
+            raise ValueError(
+                f"{name}_group: expected shape {(len(group), *self.group.shape[1:])}, as the queue has, "
+                f"got {check.describe(group)}"
+            )
+
+    @torch.compiler.disable
     @torch.inference_mode(False)  # what is kept must be of use to training, whatever mode it comes from
     @torch.no_grad()
     def push(self, rows: Tensor, group: Tensor | None = None) -> None:
@@ -76,7 +91,9 @@ class NegativeQueue(Stateful):
             group = unwrapped(group)
         if group is not None:
             check.ids("group", group, len(rows), "a group for each row", rows)
-            if len(self.group) and group.shape[1:] != self.group.shape[1:]:
+            if len(self.group) and group[:1].numel() == self.group[:1].numel():  # (N,) and (N, 1) are the same
+                group = group.reshape(len(rows), *self.group.shape[1:])
+            elif len(self.group):
                 raise ValueError(
                     f"group: expected shape {(len(rows), *self.group.shape[1:])}, as pushed before, "
                     f"got {check.describe(group)}"

@@ -33,7 +33,7 @@ class Temperature(nn.Module):
         check.positive_number("temperature", initial)
         if max_logit_scale is not None:
             check.positive_number("max_logit_scale", max_logit_scale)
-        if not learnable and max_logit_scale != MAX_LOGIT_SCALE:
+        if not learnable and max_logit_scale not in (None, MAX_LOGIT_SCALE):
             raise ValueError(f"max_logit_scale: expected none without learnable_temperature, got {max_logit_scale!r}")
         self.initial, self.max_logit_scale = float(initial), max_logit_scale
         self.log_scale = nn.Parameter(torch.tensor(-math.log(initial))) if learnable else None

@@ -109,6 +109,61 @@ def test_queued_keys_are_negatives_while_training() -> None:
     assert len(loss.queue) == 18
 
 
+def test_a_queue_alone_is_what_positives_are_told_from() -> None:
+    """MoCo: without the batch's keys the first step has nothing to tell its positives from, and fills the queue."""
+    h, again, _, _ = segments()
+    loss = FusedInfoNCELoss(in_batch=False, queue_size=20)
+    assert loss(h, again) == 0 and len(loss.queue) == len(again)
+    torch.testing.assert_close(loss(h + 1, again + 1), HF.info_nce(h + 1, again + 1, bank=again, in_batch=False))
+    with pytest.raises(ValueError, match="in_batch: expected True without .* queue, in training"):
+        loss.eval()(h, again)
+
+
+def test_what_does_not_fit_the_queue_is_said_of_ones_own_arguments() -> None:
+    h, again, _, _ = segments()
+    loss, ids = FusedInfoNCELoss(queue_size=20), torch.arange(len(h))
+    loss(h, again, query_group=ids, key_group=ids)
+    loss(h, again, query_group=ids[:, None], key_group=ids[:, None])
+    two = torch.stack([ids, ids], dim=1)
+    with pytest.raises(ValueError, match=r"query_group: expected shape \(\d+,\), as the queue has"):
+        loss(h, again, query_group=two, key_group=two)
+    with pytest.raises(ValueError, match="query: expected rows of length .*, as the queue has"):
+        loss(h[:, 1:], again[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": None}, "key: expected a tensor"),
+        ({"key": HF.Columns(None), "key_group": None}, "key.rows: expected a tensor, got None"),  # type: ignore[arg-type]
+        ({"negatives": HF.Columns(None)}, "negatives.rows: expected a tensor, got None"),  # type: ignore[arg-type]
+        ({"negatives": HF.Columns(torch.ones(3, 4), group=torch.ones(3))}, r"negatives\.group: expected an int64 tensor"),
+        ({"key_group": torch.ones(2)}, "key_group: expected an int64 tensor"),
+        (
+            {"own_negatives": HF.OwnNegatives(None, torch.arange(6), group=torch.arange(6))},  # type: ignore[arg-type]
+            "own_negatives.rows: expected a tensor",
+        ),
+        ({"own_negatives": [torch.ones(1, 4)] * 5}, "own_negatives: expected a tensor of shape .* or OwnNegatives"),
+        ({"own_negatives": torch.ones(5, 3)}, "own_negatives: expected shape .* or OwnNegatives"),
+    ],
+)
+def test_columns_that_are_none(change: dict[str, Any], message: str) -> None:
+    ids = {"query_group": torch.arange(5), "key_group": torch.arange(5)}
+    given = {"query": torch.randn(5, 4), "key": torch.randn(5, 4), **ids} | change
+    with pytest.raises((TypeError, ValueError), match=message):
+        FusedInfoNCELoss()(**given)
+    with pytest.raises((TypeError, ValueError), match=message):
+        HF.info_nce(**given)
+
+
+def test_a_weight_for_negatives_that_are_not_there() -> None:
+    h, again, _, _ = segments()
+    loss = FusedInfoNCELoss(hard_negative_weight=1.0)
+    torch.testing.assert_close(loss(h, again), FusedInfoNCELoss()(h, again))
+    with pytest.raises(ValueError, match="hard_negative_weight: expected 0 with own_negatives and no negatives"):
+        loss(h, again, own_negatives=h[:, None])
+
+
 def test_pooling_module() -> None:
     h, _, offsets, lengths = segments()
     torch.testing.assert_close(SegmentPooling()(h, offsets, lengths), reference.segment_pool(h, offsets, lengths))

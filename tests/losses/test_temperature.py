@@ -101,6 +101,7 @@ def test_the_bound_is_an_argument() -> None:
         FusedInfoNCELoss(learnable_temperature=True, max_logit_scale="100")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_logit_scale: expected none without learnable_temperature"):
         FusedInfoNCELoss(max_logit_scale=50.0)
+    FusedInfoNCELoss(max_logit_scale=None)
 
 
 @pytest.mark.parametrize("mode", ["evaluation", "loaded", "functional"])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import hicl_fast
 import hicl_fast.functional as HF
@@ -325,6 +327,45 @@ def test_compiled(names: tuple[str, ...], backend: str) -> None:
         eager = evaluate(lambda c: fused(operator, c, backend=backend), case)  # noqa: B023
         for what, got in evaluate(compiled, case).items():
             torch.testing.assert_close(got, eager[what])
+
+
+@pytest.mark.parametrize(
+    "names", [(), ("rows",), ("own negatives", "relations"), ("no batch", "own negatives"), ("several targets",)], ids=str
+)
+def test_saved_tensors_are_unpacked_once(names: tuple[str, ...], backend: str) -> None:
+    """As a checkpoint, which computes them again for one unpacking, and as hooks that move them to and fro."""
+    case = draw(names)
+    linear = torch.nn.Linear(rules.D, rules.D).double()
+
+    def loss(query: Tensor) -> Tensor:
+        rows = fused(HF.log_sum_exp, case | {"query": linear(query)}, backend=backend) if not names else None
+        if rows is not None:
+            return (rows.negative - rows.positive).sum()
+        return fused(HF.info_nce, case | {"query": linear(query)}, backend=backend).sum()
+
+    (expected,) = torch.autograd.grad(loss(case["query"]), linear.weight)
+    (got,) = torch.autograd.grad(checkpoint(loss, case["query"], use_reentrant=False), linear.weight)
+    torch.testing.assert_close(got, expected)
+    counts = {"packed": 0, "unpacked": 0}
+
+    def count(what: str) -> Any:
+        def hook(x: Tensor) -> Tensor:
+            counts[what] += 1
+            return x
+
+        return hook
+
+    with torch.autograd.graph.saved_tensors_hooks(count("packed"), count("unpacked")):
+        torch.autograd.grad(loss(case["query"]), linear.weight)
+    assert counts["unpacked"] <= counts["packed"]
+
+
+@pytest.mark.parametrize("place", [-1, 17, 99])
+def test_targets_out_of_range_without_the_batch(place: int, backend: str) -> None:
+    query, key, negatives = torch.randn(3, 4), torch.randn(17, 4), torch.randn(2, 4)
+    target = torch.tensor([0, place, 2])
+    with pytest.raises(ValueError, match="target: expected indices of keys, 0 to 16, got values from"):
+        HF.info_nce(query, key, target=target, negatives=negatives, in_batch=False, backend=backend)
 
 
 def test_registered_operator(backend: str) -> None:

@@ -125,10 +125,10 @@ def save_problem(ctx: Any, problem: Flat, backend: str, *outputs: Tensor) -> Non
 
 def saved_problem(ctx: Any, kind: Callable[..., _Problem]) -> tuple[_Problem, bool, list[Tensor]]:
     """The problem, whether it can be handed to a backend now, and the outputs that were saved with it."""
-    outputs, inputs = ctx.saved_tensors[: ctx.num_outputs], ctx.saved_tensors[ctx.num_outputs :]
-    tensors = iter(inputs)
+    saved = ctx.saved_tensors  # once: each reading unpacks them anew, and a checkpoint computes them for one alone
+    outputs, tensors = saved[: ctx.num_outputs], iter(saved[ctx.num_outputs :])
     flat = [next(tensors) if tensor else x for x, tensor in zip(ctx.constants, ctx.is_tensor, strict=True)]
-    return kind(*flat), runs_eagerly(*ctx.saved_tensors), list(outputs)
+    return kind(*flat), runs_eagerly(*saved), list(outputs)
 
 
 Value = Callable[..., Tensor]  # an operator's inputs -> its one output that has gradients, in plain PyTorch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,8 +43,11 @@ def scale_of(temperature: float | Tensor, query: Tensor, *others: Tensor | None)
 
 def check_scale(scale: Tensor) -> None:  # () 1 / temperature
     """Raise ``ValueError`` for a temperature that is no number above 0; looks at host memory only."""
-    if (values := readable(scale)) is not None and not (lowest := float(values.min())) > 0:
-        raise ValueError(f"temperature: expected a number above 0, got {1.0 / lowest if lowest else 0.0!r}")
+    if (values := readable(scale)) is None:
+        return
+    for value in [float(values)] if values.dim() == 0 else values.flatten().tolist():  # several under torch.func
+        if not 0 < value < math.inf:
+            raise ValueError(f"temperature: expected a number above 0, got {1.0 / value if value else math.inf!r}")
 
 
 def scale_on(scale: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

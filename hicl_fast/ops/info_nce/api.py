@@ -51,8 +51,8 @@ def info_nce(
     .. math:: \mathrm{loss}_i = \log \sum_j e^{\ell_{ij}} - \ell_{i t_i}, \qquad
               \ell_{ij} = \frac{1}{\tau} \frac{q_i \cdot k_j}{\|q_i\| \|k_j\|}
 
-    (SimCSE, arXiv 2104.08821, eq. 1 and 5.) The columns j are the M keys, the P explicit negatives, the B bank rows
-    and the E extra logits. Inputs may be float64, float32, bfloat16 or float16, of mixed types and any strides. Sums
+    (SimCSE, arXiv 2104.08821, eq. 1 and 5.) The columns j are the M keys, the P explicit negatives, the B bank rows,
+    the row's own negatives and the E extra logits. Inputs may be float64, float32, bfloat16 or float16, of mixed types and any strides. Sums
     are kept in float32 (float64 where an input is float64); gradients have their input's type. A zero row has
     similarity 0 to everything and gets gradient 0.
 
@@ -79,7 +79,8 @@ def info_nce(
             (``cpp``; with ``reduction="none"`` none has). Not with ``symmetric``.
         limit: (N,) a column whose similarity to query i is above ``limit[i]`` is taken for a false negative and leaves
             the row's denominator; a constant. Positives never leave it. The comparison is on cosines, before scale and
-            margin, and of keys, negatives and bank alike; within the rounding of a product a column may fall either way.
+            margin, and of keys, negatives, bank and own negatives alike; within the rounding of a product a column may fall
+            either way. NaN is no limit. With ``symmetric`` it is that of key i among the queries too.
         false_negative_margin: m: a limit of the positive's similarity plus m (Qwen3-Embedding, arXiv 2506.05176: 0.1).
             Of several limits the lowest holds.
         false_negative_ratio: ρ > 0: a limit of ρ times the positive's similarity, where that is above 0 (NV-Retriever,
@@ -96,7 +97,8 @@ def info_nce(
         same_group: what columns of the row's own group are: left out of its denominator (``"exclude"``), ordinary
             negatives (``"negative"``), or positives beside the target (``"positive"``, for one relation:
             ``lse_i`` minus the mean logit of all positives).
-        margin: ArcCon's angle u ≥ 0 in radians: the target's logit becomes cos(θ + u)/τ.
+        margin: ArcCon's angle u ≥ 0 in radians: the target's logit becomes cos(θ + u)/τ, its cosine held within
+            ±(1 − 10⁻⁷) first, where the angle has a derivative.
         symmetric: the mean of this loss and the same loss with query and key exchanged; needs N = M and no target.
         reduction: ``"mean"`` over rows, ``"sum"`` or ``"none"``.
         precision: of the matrix products; sums are float32 whatever it is, and no setting of PyTorch's is touched.

@@ -57,27 +57,33 @@ class _Parts(NamedTuple):
     rows: Tensor | None  # (C, D)
     group: Tensor | None  # (C,) or (C, G) int64
     hardness: float
+    group_name: str  # as the caller knows it
 
 
-_NOTHING = _Parts(None, None, 0.0)
+_NOTHING = _Parts(None, None, 0.0, "")
 
 
 def _parts(name: str, given: Tensor | Columns | None, group: Tensor | None = None) -> _Parts:
     if given is None:
         return _NOTHING
     if not isinstance(given, Columns):
-        return _Parts(given, group, 0.0)
+        return _Parts(given, group, 0.0, f"{name}_group")
+    if given.rows is None:
+        raise TypeError(f"{name}.rows: expected a tensor, got None")
     if given.group is not None and group is not None:
         raise ValueError(f"{name}_group: expected None with a group in {name}, got {check.describe(group)}")
     check.non_negative_number(f"{name}.hardness", given.hardness)
-    return _Parts(given.rows, given.group if group is None else group, float(given.hardness))
+    if group is None:
+        return _Parts(given.rows, given.group, float(given.hardness), f"{name}.group")
+    return _Parts(given.rows, group, float(given.hardness), f"{name}_group")
 
 
 def columns_of(name: str, given: Tensor | Columns, group: Tensor | None = None) -> Columns:
     """An argument as Columns, with the group that came as an argument of its own."""
-    rows, group, hardness = _parts(name, given, group)
-    assert rows is not None
-    return Columns(rows, group=group, hardness=hardness)
+    if given is None:
+        raise TypeError(f"{name}: expected a tensor or Columns, got None")
+    parts = _parts(name, given, group)
+    return Columns(parts.rows, group=parts.group, hardness=parts.hardness)  # type: ignore[arg-type]
 
 
 def problem_of(
@@ -134,10 +140,10 @@ def problem_of(
         check.floating_vector("limit", limit, query.shape[0], "a number for each query", query)
     if bank_group is not None and bank is None:
         raise ValueError(f"bank_group: expected None without a bank, got {check.describe(bank_group)}")
-    own = _Parts(own_negatives.rows, own_negatives.group, 0.0) if isinstance(own_negatives, OwnNegatives) else _NOTHING
+    own = _own_parts(own_negatives, query)
     if not query_group is keys.group is explicit.group is queue.group is own.group is None:
-        kinds = {"key": keys, "negatives": explicit, "bank": queue, "own_negatives": own}
-        groups = {name: (one.group, one.rows) for name, one in kinds.items() if one.group is not None}
+        kinds = (keys, explicit, queue, own)
+        groups = {one.group_name: (one.group, one.rows) for one in kinds if one.group is not None}
         _check_groups(query, query_group, groups, same_group)  # type: ignore[arg-type]
     if hard_negative_weight != 0.0:
         _check_weight(hard_negative_weight, query, explicit, same_group)
@@ -205,18 +211,25 @@ def _check_one_positive(
         raise ValueError("target_offsets: expected None with same_group='positive', which names the positives itself")
 
 
+def _own_parts(given: Tensor | OwnNegatives | None, query: Tensor) -> _Parts:
+    if not isinstance(given, OwnNegatives):
+        return _NOTHING
+    check.rows_like("own_negatives.rows", given.rows, "(H, D)", query)
+    return _Parts(given.rows, given.group, 0.0, "own_negatives.group")
+
+
 def own_of(problem: Problem, given: Tensor | OwnNegatives | None) -> Own | None:
     """The own negatives, checked, without the rules that hold for all columns of a problem."""
     if given is None:
         return None
     query, n = problem.query, problem.query.shape[0]
     if isinstance(given, OwnNegatives):
-        check.rows_like("own_negatives", given.rows, "(H, D)", query)
+        check.rows_like("own_negatives.rows", given.rows, "(H, D)", query)
         check.index_vector("own_negatives.offsets", given.offsets, n + 1, "one more than queries", query)
         check.non_negative_number("own_negatives.hardness", given.hardness)
         rows, offsets, group, hardness = given.rows, given.offsets, by_relation(given.group), float(given.hardness)
     else:
-        check.floating_rows("own_negatives", given, f"({n}, K, {query.shape[1]})", query)
+        check.floating_rows("own_negatives", given, f"({n}, K, {query.shape[1]})", query, or_else="OwnNegatives")
         rows, group, hardness = given.reshape(-1, query.shape[1]), None, 0.0
         offsets = torch.arange(n + 1, device=query.device) * given.shape[1]
     if group is not None and problem.same_group == "positive":
@@ -228,7 +241,10 @@ def own_of(problem: Problem, given: Tensor | OwnNegatives | None) -> Own | None:
 def check_in_batch(problem: Problem, own: Own | None) -> None:
     """That without the other queries' keys there is something to tell a positive from."""
     if all(x is None for x in (own, problem.negatives, problem.bank, problem.extra_logits)):
-        raise ValueError("in_batch: expected True without own negatives, negatives, bank or extra logits")
+        raise ValueError(
+            "in_batch: expected True without own negatives, negatives, extra logits or a bank (a loss's queue, in training), "
+            "since nothing is left to tell a positive from"
+        )
     if problem.same_group == "positive" and problem.query_group is not None:
         raise ValueError("in_batch: expected True with same_group='positive', whose positives are other keys")
 
@@ -303,19 +319,19 @@ def by_relation(group: Tensor | None) -> Tensor | None:  # (C,) or (C, G) -> (C,
 def _check_groups(
     query: Tensor, query_group: Tensor | None, groups: dict[str, tuple[Tensor, Tensor]], same_group: str
 ) -> None:
-    """Each with an id for each row, all of one number of relations. By kind of column: groups (C,) or (C, G), rows (C, D)."""
+    """Each with an id for each row, all of one number of relations. By name: groups (C,) or (C, G), and rows (C, D)."""
     if query_group is None:
         name = next(iter(groups))
-        raise ValueError(f"query_group: expected an int64 tensor, since {name} has groups, got None")
+        raise ValueError(f"query_group: expected an int64 tensor, since {name} is given, got None")
     check.ids("query_group", query_group, query.shape[0], "a group for each query", query)
     if not groups:
         raise ValueError("key_group: expected an int64 tensor, since the other side's groups are given, got None")
     relations = query_group.shape[1] if query_group.dim() == 2 else 1
     for name, (group, rows) in groups.items():
-        check.ids(f"{name}_group", group, rows.shape[0], "a group for each of its rows", query)
+        check.ids(name, group, rows.shape[0], "a group for each of its rows", query)
         if (came := group.shape[1] if group.dim() == 2 else 1) != relations:
             raise ValueError(
-                f"{name}_group: expected {relations} relation{'s' * (relations > 1)}, as query_group has, got {came}"
+                f"{name}: expected {relations} relation{'s' * (relations > 1)}, as query_group has, got {came}"
             )
     if same_group == "positive" and relations > 1:
         raise ValueError(f"query_group: expected one relation with same_group='positive', got {relations}")

@@ -96,7 +96,7 @@ def log_sum_exp(
         bank_group: (B,) or (B, G) int64 group of each bank row.
         same_group: columns of the row's own group are left out (``"exclude"``) or ordinary negatives (``"negative"``). A row
             has one positive here: ``"positive"`` is :func:`info_nce`'s alone.
-        margin: ArcCon's angle u ≥ 0 in radians: the positive's logit is cos(θ + u)/τ.
+        margin: ArcCon's angle u ≥ 0 in radians: the positive's logit is cos(θ + u)/τ, its cosine held within ±(1 − 10⁻⁷) first.
         precision: of the matrix products, as in :func:`info_nce`.
         backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 

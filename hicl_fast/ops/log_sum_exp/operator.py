@@ -124,10 +124,11 @@ def _apply_with_positives_apart(problem: Problem, backend: str, own: Own | None,
 def _positives(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """The logits and similarities of a row's positive, (N,), or of all its positives, (T,)."""
     if problem.targets is not None:
-        query, positives = problem.query[problem.row_of_targets()], problem.key[problem.targets]
+        query = problem.query.index_select(0, problem.row_of_targets())
+        positives = problem.key.index_select(0, problem.targets)
     else:
-        query, n = problem.query, problem.query.shape[0]
-        positives = problem.key[:n] if problem.target is None else problem.key[problem.target]
+        query, n, target = problem.query, problem.query.shape[0], problem.target
+        positives = problem.key[:n] if target is None else problem.key.index_select(0, target)
     one_each = torch.arange(query.shape[0] + 1, device=query.device)
     logit, similarity = own_log_sum_exp(Own(query, positives, one_each, problem.scale), backend)
     if problem.margin:
