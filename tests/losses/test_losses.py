@@ -137,7 +137,10 @@ def test_what_does_not_fit_the_queue_is_said_of_ones_own_arguments() -> None:
         ({"key": None}, "key: expected a tensor"),
         ({"key": HF.Columns(None), "key_group": None}, "key.rows: expected a tensor, got None"),  # type: ignore[arg-type]
         ({"negatives": HF.Columns(None)}, "negatives.rows: expected a tensor, got None"),  # type: ignore[arg-type]
-        ({"negatives": HF.Columns(torch.ones(3, 4), group=torch.ones(3))}, r"negatives\.group: expected an int64 tensor"),
+        (
+            {"negatives": HF.Columns(torch.ones(3, 4), group=torch.ones(3))},
+            r"negatives\.group: expected an int64 tensor",
+        ),
         ({"key_group": torch.ones(2)}, "key_group: expected an int64 tensor"),
         (
             {"own_negatives": HF.OwnNegatives(None, torch.arange(6), group=torch.arange(6))},  # type: ignore[arg-type]

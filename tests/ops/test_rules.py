@@ -330,7 +330,9 @@ def test_compiled(names: tuple[str, ...], backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [(), ("rows",), ("own negatives", "relations"), ("no batch", "own negatives"), ("several targets",)], ids=str
+    "names",
+    [(), ("rows",), ("own negatives", "relations"), ("no batch", "own negatives"), ("several targets",)],
+    ids=str,
 )
 def test_saved_tensors_are_unpacked_once(names: tuple[str, ...], backend: str) -> None:
     """As a checkpoint, which computes them again for one unpacking, and as hooks that move them to and fro."""

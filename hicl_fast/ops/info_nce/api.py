@@ -51,10 +51,10 @@ def info_nce(
     .. math:: \mathrm{loss}_i = \log \sum_j e^{\ell_{ij}} - \ell_{i t_i}, \qquad
               \ell_{ij} = \frac{1}{\tau} \frac{q_i \cdot k_j}{\|q_i\| \|k_j\|}
 
-    (SimCSE, arXiv 2104.08821, eq. 1 and 5.) The columns j are the M keys, the P explicit negatives, the B bank rows,
-    the row's own negatives and the E extra logits. Inputs may be float64, float32, bfloat16 or float16, of mixed types and any strides. Sums
-    are kept in float32 (float64 where an input is float64); gradients have their input's type. A zero row has
-    similarity 0 to everything and gets gradient 0.
+    (SimCSE, arXiv 2104.08821, eq. 1 and 5.) The columns j are the M keys, the P explicit negatives, the B bank rows, the
+    row's own negatives and the E extra logits. Inputs may be float64, float32, bfloat16 or float16, of mixed types and
+    any strides. Sums are kept in float32 (float64 where an input is float64); gradients have their input's type. A zero
+    row has similarity 0 to everything and gets gradient 0.
 
     Second derivatives (``create_graph=True``), forward mode and ``torch.func`` are right, and take the time and memory of
     plain PyTorch: they build the N×M matrix.
