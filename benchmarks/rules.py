@@ -52,6 +52,17 @@ def _own(query: Tensor, key: Tensor, own: Tensor, ids: Tensor, **options: object
     return _plain(query, key, own, ids, own_negatives=own, **options)
 
 
+def _next_too(query: Tensor) -> dict[str, Tensor]:
+    """The next key is a positive too."""
+    row = torch.arange(len(query), device=query.device)
+    target = torch.stack([row, (row + 1) % len(row)], dim=1).flatten()
+    return {"target": target, "target_offsets": torch.arange(len(row) + 1, device=query.device) * 2}
+
+
+def _two_positives(query: Tensor, key: Tensor, own: Tensor, ids: Tensor, **options: object) -> Tensor:
+    return _plain(query, key, own, ids, **_next_too(query), **options)
+
+
 def _decoupled(query: Tensor, key: Tensor, own: Tensor, ids: Tensor, **options: object) -> Tensor:
     rows = HF.log_sum_exp(query, key, temperature=TEMPERATURE, **options)  # type: ignore[arg-type]
     return (rows.negative - rows.positive).mean()
@@ -63,6 +74,7 @@ OURS: dict[str, Callable[..., Tensor]] = {
     "hardness": _hardness,
     "own negatives": _own,
     "own, in_batch=False": partial(_own, in_batch=False),
+    "2 positives": _two_positives,
     "log_sum_exp": _decoupled,
 }
 
@@ -185,6 +197,7 @@ def _reference(rule: str, query: Tensor, key: Tensor, own: Tensor, ids: Tensor) 
         "hardness": {"key_hardness": 5.0},
         "own negatives": own_negatives,
         "own, in_batch=False": {**own_negatives, "in_batch": False},
+        "2 positives": dict(_next_too(query)),
     }
     return reference.info_nce(query, key, temperature=TEMPERATURE, **options[rule])
 
