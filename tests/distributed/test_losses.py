@@ -138,6 +138,7 @@ GATHERED_ONLY = {
     "groups as positives": Case({"same_group": "positive"}, groups=True, more_keys=True),
     "symmetric, positives": Case({"same_group": "positive", "symmetric": True}, groups=True),
     "queue": Case({"queue_size": 7}, steps=3),
+    "queue alone": Case({"queue_size": 7, "in_batch": False}, steps=3),
 }
 
 

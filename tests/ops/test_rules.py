@@ -208,12 +208,12 @@ def test_rows_whose_positives_are_all_there_is(backend: str) -> None:
         ({"target_offsets": torch.tensor([0, 1, 2])}, r"target_offsets: expected shape \(4,\), one more than queries"),
         (
             {"target_offsets": torch.tensor([0, 1, 2, 3])},
-            "target_offsets: expected offsets from 0 to the number of rows, 4",
+            "target_offsets: expected offsets from 0 to the number of targets, 4",
         ),
         ({"target_offsets": torch.tensor([0, 3, 2, 4])}, "target_offsets: expected rising offsets, got 3 and then 2"),
         (
             {"target_offsets": torch.tensor([0, 2, 2, 4])},
-            "target_offsets: expected 1 for each row at least, got 0 for row 1",
+            "target_offsets: expected at least 1 of the targets for each query, got 0 for query 1",
         ),
         ({"false_negative_margin": 0.1}, "false_negative_margin: expected None with target_offsets"),
         ({"false_negative_ratio": 0.9}, "false_negative_ratio: expected None with target_offsets"),

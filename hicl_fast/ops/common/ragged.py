@@ -15,16 +15,21 @@ def row_of_each(offsets: Tensor, total: int) -> Tensor:  # (N + 1,) int64 -> (to
     return torch.repeat_interleave(rows, count, output_size=total)
 
 
-def check_offsets(name: str, offsets: Tensor, total: int, *, least: int = 0) -> None:
-    """Raise ``ValueError`` where they don't rise from 0 to ``total``, by ``least`` at least. Looks at host memory only."""
+def check_offsets(name: str, offsets: Tensor, total: int, what: str, *, least: int = 0) -> None:
+    """Raise ``ValueError`` where they don't rise from 0 to ``total``, the number of ``what``, by ``least`` at least.
+
+    Looks at host memory only.
+    """
     if (offsets := readable(offsets)) is None or offsets.dim() != 1:  # type: ignore[assignment]
         return
     first, last, count = int(offsets[0]), int(offsets[-1]), offsets.diff()
     if first != 0 or last != total:
-        raise ValueError(f"{name}: expected offsets from 0 to the number of rows, {total}, got {first} to {last}")
+        raise ValueError(f"{name}: expected offsets from 0 to the number of {what}, {total}, got {first} to {last}")
     if (count < 0).any():
         at = int((count < 0).nonzero()[0])
         raise ValueError(f"{name}: expected rising offsets, got {int(offsets[at])} and then {int(offsets[at + 1])}")
     if (count < least).any():
         at = int((count < least).nonzero()[0])
-        raise ValueError(f"{name}: expected {least} for each row at least, got {int(count[at])} for row {at}")
+        raise ValueError(
+            f"{name}: expected at least {least} of the {what} for each query, got {int(count[at])} for query {at}"
+        )

@@ -151,7 +151,8 @@ def problem_of(
         came = f"{query.shape[0]} queries and {rows.shape[0]} keys" if target is None else "a target"
         raise ValueError(f"symmetric: expected as many queries as keys and no target, got {came}")
     if targets is not None:
-        _check_one_positive(same_group if query_group is not None else "", false_negative_margin, false_negative_ratio)
+        groups_make_positives = same_group == "positive" and query_group is not None
+        _check_one_positive(groups_make_positives, false_negative_margin, false_negative_ratio)
     if same_group == "positive":
         _check_hardness({"key": keys, "negatives": explicit, "bank": queue})
     return Problem(
@@ -197,9 +198,9 @@ def _first_targets(query: Tensor, targets: Tensor | None, offsets: Tensor) -> Te
 
 
 def _check_one_positive(
-    same_group: str, false_negative_margin: float | None, false_negative_ratio: float | None
+    groups_make_positives: bool, false_negative_margin: float | None, false_negative_ratio: float | None
 ) -> None:
-    """That nothing asked for is of a row's one positive."""
+    """That nothing asked for beside several targets is of a row's one positive."""
     limits = {"false_negative_margin": false_negative_margin, "false_negative_ratio": false_negative_ratio}
     for name, value in limits.items():
         if value is not None:
@@ -207,7 +208,7 @@ def _check_one_positive(
                 f"{name}: expected None with target_offsets, since a row's positives differ in similarity, got {value}; "
                 "what a row's negatives may be similar at most can be given as limit"
             )
-    if same_group == "positive":
+    if groups_make_positives:
         raise ValueError("target_offsets: expected None with same_group='positive', which names the positives itself")
 
 

@@ -30,8 +30,7 @@ def apply(
     if problem.symmetric and (own is not None or not in_batch):
         return _average_of_directions(problem, reduction, backend, own, in_batch=in_batch)
     if not in_batch or problem.targets is not None:
-        rows = log_sum_exp.apply(problem, backend, own, in_batch=in_batch)
-        return _of_rows(rows if problem.targets is None else _by_target(rows, problem), problem, reduction)
+        return _of_rows(log_sum_exp.apply(problem, backend, own, in_batch=in_batch), problem, reduction)
     if own is not None:
         problem, hardest = log_sum_exp.with_own_negatives(problem, own, backend)
         result = apply(problem, reduction, backend, mixing)
@@ -107,29 +106,27 @@ def _one_sweep_covers_both_directions(problem: Problem) -> bool:
     return only_keys and problem.same_group != "positive" and not problem.has_limit
 
 
-def _by_target(rows: log_sum_exp.Outputs, problem: Problem) -> log_sum_exp.Outputs:
-    """The row's sum over its negatives beside each of its positives: (N,) -> (T,)."""
-    return rows._replace(negative=rows.negative[problem.row_of_targets()])
-
-
 def _of_rows(rows: log_sum_exp.Outputs, problem: Problem, reduction: str) -> Result:
     """The loss ``log(1 + e^(negative − positive))`` of rows whose logits are known; of several positives the mean."""
-    has_negative = rows.negative != -torch.inf
-    difference = torch.where(has_negative, rows.negative, 0.0) - rows.positive
+    row = (
+        None if problem.targets is None else problem.row_of_targets()
+    )  # (T,) of each positive, where there are several
+    negative = rows.negative if row is None else rows.negative.index_select(0, row)
+    has_negative = negative != -torch.inf
+    difference = torch.where(has_negative, negative, 0.0) - rows.positive
     loss = torch.logaddexp(difference, torch.zeros_like(difference))
     loss = torch.where(has_negative, loss, rows.positive - rows.positive)  # 0, or NaN where the input was
     similarity = rows.similarity
-    if problem.targets is not None:
-        loss, similarity = (_mean_by_row(x, problem) for x in (loss, similarity))
+    if row is not None and problem.target_offsets is not None:
+        loss, similarity = (_mean_by_row(x, row, problem.target_offsets) for x in (loss, similarity))
     if reduction != "none":
         loss = loss.mean() if reduction == "mean" else loss.sum()
     return Result(loss, similarity, rows.hardest)
 
 
-def _mean_by_row(x: Tensor, problem: Problem) -> Tensor:  # (T,) -> (N,)
-    assert problem.target_offsets is not None
-    total = x.new_zeros(problem.query.shape[0]).index_add(0, problem.row_of_targets(), x)
-    return total / problem.target_offsets.diff().clamp_min(1)
+def _mean_by_row(x: Tensor, row: Tensor, offsets: Tensor) -> Tensor:  # (T,), (T,) int64, (N + 1,) int64 -> (N,)
+    count = offsets.diff()
+    return x.new_zeros(count.shape[0]).index_add(0, row, x) / count.clamp_min(1)
 
 
 def _average_of_directions(

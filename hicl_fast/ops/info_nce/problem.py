@@ -272,7 +272,7 @@ class Problem:
         """
         check_scale(self.scale)
         if self.targets is not None and self.target_offsets is not None:
-            check_offsets("target_offsets", self.target_offsets, self.targets.shape[0], least=1)
+            check_offsets("target_offsets", self.target_offsets, self.targets.shape[0], "targets", least=1)
         if (target := readable(self.target if self.targets is None else self.targets)) is not None:
             low, high = (int(bound) for bound in torch.aminmax(target))
             if low < 0 or high >= self.key.shape[0]:

@@ -77,7 +77,7 @@ class Own:
     def check_values(self) -> None:
         """Raise ``ValueError`` for offsets or a temperature out of range. Looks at host memory only."""
         check_scale(self.scale)
-        check_offsets("own_negatives", self.offsets, self.rows.shape[0])
+        check_offsets("own_negatives.offsets", self.offsets, self.rows.shape[0], "rows")
 
 
 FIELDS = [one.name for one in fields(Own)]
