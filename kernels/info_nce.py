@@ -2,7 +2,7 @@
 
 Three kernels over the same tile: ``statistics_kernel`` keeps sums only, ``exp_kernel`` stores exp(ℓ − offset), and
 ``similarity_gradient_kernel`` stores ∂loss/∂s where that is no product of a row's factor and exp(ℓ − offset).
-``exp_rows_kernel`` goes from a row's sums to its loss and factors. There is a program a tile or, with PERSISTENT, one a
+``exp_rows_kernel`` goes from a row's sums to its loss and factors, and scales the row by them. There is a program a tile or, with PERSISTENT, one a
 multiprocessor: then a tile's operands are on their way while the one before it ends.
 
 The positive never takes part, since rounding it would drown the gradient of a small loss.
@@ -35,6 +35,8 @@ from hicl_fast.kernels.cosine_tile import (
     sum_of_exp2,
     tile_of_products,
 )
+from hicl_fast.kernels.rows import Rows, load_rows, row_grid, scaled_unit, store_rows
+from hicl_fast.kernels.tiles import row_tile
 from torch import Tensor
 
 # The sums by row that a kernel leaves, (plane, column tile, row): their planes, and those planes' names.
@@ -148,7 +150,7 @@ def exp_kernel(
     query_inverse_ptr,  # (num_rows,)
     key_inverse_ptr,  # (num_cols,)
     scale_ptr,  # (1,)
-    offset_ptr,  # (num_rows,) subtracted from the logits
+    offset_ptr,  # (num_rows,) subtracted from the logits; None: ``offset`` is
     special_ptr,  # (num_rows,) int64
     query_group_ptr,  # (num_rows, RELATIONS) int64
     key_group_ptr,  # (num_cols, RELATIONS) int64
@@ -162,6 +164,7 @@ def exp_kernel(
     dim,
     exp_stride,
     plane_stride,
+    offset,
     bias,
     hardness,
     amplitude,
@@ -202,12 +205,12 @@ def exp_kernel(
             y = leave_out_listed(y, left_out_ptr, left_out_offsets_ptr, rows, cols, num_rows)
         store_hardest(partials_ptr, plane_stride, col_tile, rows, num_rows, y, query_inverse)
 
-        offset = tl.load(offset_ptr + tl.minimum(rows, num_rows - 1))
-        offset = tl.where(offset == float("-inf"), 0.0, offset)  # of a row that has nothing but left-out columns
         shift = offset * LOG2_E - tl.log2(amplitude)
-        e = tl.exp2(
-            exponents(y, query_inverse, scale_ptr, shift[:, None], cols, special, bias, hardness, SPECIAL, HARDENED)
-        )
+        if offset_ptr is not None:
+            of_row = tl.load(offset_ptr + tl.minimum(rows, num_rows - 1))
+            # −∞ is that of a row that has nothing but left-out columns.
+            shift = (shift + tl.where(of_row == float("-inf"), 0.0, of_row) * LOG2_E)[:, None]
+        e = tl.exp2(exponents(y, query_inverse, scale_ptr, shift, cols, special, bias, hardness, SPECIAL, HARDENED))
         store_sums(partials_ptr, plane_stride, EXP_SUM, col_tile, rows, num_rows, tl.sum(e, axis=1) / amplitude)
         if WANTS_DOT:
             dot = tl.sum(tl.where(e == 0.0, 0.0, e * y), axis=1) * query_inverse / amplitude
@@ -221,7 +224,7 @@ def exp_kernel(
 def exp_similarities(
     similarities: Similarities,  # R × C
     scale: Tensor,  # (1,)
-    offset: Tensor,  # (R,)
+    offset: Tensor | float,  # (R,), or one for all
     out: Tensor,  # (R, C) with unit stride along the columns
     partials: Tensor,  # (3, column tiles, R) float32; planes as in EXP_PLANES
     *,
@@ -229,9 +232,11 @@ def exp_similarities(
     wants_dot: bool,
 ) -> None:
     """``out = amplitude · exp(ℓ − offset)`` and its sums by row."""
+    by_row = isinstance(offset, Tensor)
     exp_kernel[similarities.grid](
         scale_ptr=scale,
-        offset_ptr=offset,
+        offset_ptr=offset if by_row else None,
+        offset=0.0 if by_row else offset,
         exp_out=similarities.output(out),
         partials_ptr=partials,
         exp_stride=out.stride(0),
@@ -473,6 +478,9 @@ def exp_rows_kernel(
     positive_ptr,  # (num_rows,) similarity of the positive, its margin counted
     margin_derivative_ptr,  # (num_rows,) its derivative by the similarity; None: 1
     scale_ptr,  # (1,)
+    query_ptr,  # (num_rows, dim)
+    query_inverse_ptr,  # (num_rows,)
+    scaled_ptr,  # out (num_rows, dim): the unit rows times ∂loss/∂ℓ of what is stored for a negative
     negative_lse_ptr,  # out (num_rows,)
     hardest_ptr,  # out (num_rows,)
     loss_ptr,  # out (num_rows,)
@@ -481,6 +489,7 @@ def exp_rows_kernel(
     scale_gradient_ptr,  # out (num_rows,) ∂loss/∂scale
     num_rows,
     num_tiles,
+    dim,
     plane_stride,
     offset,  # that was subtracted from every logit
     row_weight,
@@ -488,6 +497,7 @@ def exp_rows_kernel(
     WANTS_DOT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
 ):
     """With L = log Σ exp(ℓ) over the negatives and p the positive's logit: log(1 + e^(L − p)) and its derivatives."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -525,10 +535,13 @@ def exp_rows_kernel(
     tl.store(coefficient_ptr + rows, coefficient, mask=inside)
     if WANTS_DOT:
         tl.store(scale_gradient_ptr + rows, factor * dot - negative_share * positive, mask=inside)
+    query_inverse = tl.load(query_inverse_ptr + rows, mask=inside, other=0.0)
+    query = load_rows(query_ptr, rows, inside, dim, BLOCK_DIM)
+    store_rows(scaled_ptr, rows, inside, dim, scaled_unit(query, query_inverse, factor), BLOCK_DIM)
 
 
 # In PyTorch what follows is some twenty operations on N numbers, each a launch; the launches, not the numbers, take the time.
-_ROWS_OF_SUMS, _TILES_OF_SUMS = 32, 32
+_TILES_OF_SUMS = 64
 
 
 @dataclass(frozen=True)
@@ -556,15 +569,23 @@ def exp_rows(
     scale: Tensor,  # (1,)
     offset: float,
     row_weight: float,
+    query: Rows,  # (R, D)
     rows: slice,  # which rows of the whole these R are
     out: RowResults,
-) -> None:
-    """Losses and factors of rows whose exponentials one sweep has stored."""
-    num_rows = partials.shape[2]
+) -> Tensor:  # (R, D) in the query's type
+    """Losses and factors of rows whose exponentials one sweep has stored, and what multiplies these for the columns.
+
+    What is returned are the unit rows times their factor without the scale: of a weight that makes a gradient by ℓ.
+    """
+    num_rows, dim = query.x.shape
+    scaled = torch.empty_like(query.x)
     results = (out.negative_lse, out.hardest, out.loss, out.factor, out.coefficient, out.scale_gradient)
-    exp_rows_kernel[(triton.cdiv(num_rows, _ROWS_OF_SUMS),)](
-        partials, positive, margin_derivative, scale, *(None if x is None else x[rows] for x in results),
-        num_rows, partials.shape[1], partials.stride(0), offset, row_weight,
+    tile = row_tile(dim)
+    exp_rows_kernel[row_grid(query.x, tile)](
+        partials, positive, margin_derivative, scale, query.x, query.inverse, scaled,
+        *(None if x is None else x[rows] for x in results),
+        num_rows, partials.shape[1], dim, partials.stride(0), offset, row_weight,
         HAS_MARGIN=margin_derivative is not None, WANTS_DOT=out.scale_gradient is not None,
-        BLOCK_ROWS=_ROWS_OF_SUMS, BLOCK_TILES=_TILES_OF_SUMS, num_warps=4,
+        BLOCK_TILES=_TILES_OF_SUMS, **tile.options(),
     )  # fmt: skip
+    return scaled

@@ -1,4 +1,8 @@
-"""What InfoNCE does a row at a time: norms, the positives' similarities, and the way back through the normalisation."""
+"""What InfoNCE does a row at a time: norms, the positives' similarities, and the way back through the normalisation.
+
+Up to some thousands of rows a step takes as long as its launches: ``prepare_kernel`` is one for all that comes before the
+similarities of a plain loss.
+"""
 
 # ruff: noqa: N803
 from dataclasses import dataclass
@@ -78,6 +82,42 @@ def scaled_unit(x, inverse, factor):
 
 
 @triton.jit
+def normalised(x, floor):
+    """Rows (BLOCK_ROWS, BLOCK_DIM) made short enough for their squares; by what; and 1 / ‖x‖ of them as they are then."""
+    squared = tl.sum(x * x, axis=1)
+    shrink = tl.where(squared < MOST_SQUARED, 1.0, SHRINK)  # NaN too
+    x *= shrink[:, None]
+    norm = tl.sqrt(tl.sum(x * x, axis=1))
+    # Squares vanish where a row below the floor isn't zero. An infinite norm's factor is NaN: 0 would hide it.
+    is_zero = (squared == 0.0) & (tl.max(tl.abs(x), axis=1) == 0.0)
+    inverse = tl.where(is_zero, 0.0, 1.0 / tl.maximum(norm, floor * shrink) + (norm - norm))
+    return x, shrink, inverse
+
+
+@triton.jit
+def store_normalised(
+    x,  # (BLOCK_ROWS, BLOCK_DIM)
+    shrink,
+    inverse,
+    inverse_ptr,
+    unit_ptr,
+    operand_ptr,
+    rows,
+    inside,
+    dim,
+    WRITES_UNIT: tl.constexpr,
+    WRITES_OPERAND: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    tl.store(inverse_ptr + rows, inverse * shrink, mask=inside)
+    if WRITES_UNIT:
+        store_rows(unit_ptr, rows, inside, dim, x * inverse[:, None], BLOCK_DIM)
+    if WRITES_OPERAND:  # a row may be long for its norm and yet not for products
+        grown = tl.where(is_long(inverse * shrink), SHRINK, 1.0) / shrink
+        store_rows(operand_ptr, rows, inside, dim, x * grown[:, None], BLOCK_DIM)
+
+
+@triton.jit
 def normalise_kernel(
     x_ptr,  # (num_rows, dim)
     inverse_ptr,  # out (num_rows,) 1 / max(‖x‖, floor), 0 for a zero row
@@ -93,20 +133,55 @@ def normalise_kernel(
 ):
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = rows < num_rows
-    x = load_rows(x_ptr, rows, inside, dim, BLOCK_DIM)
-    squared = tl.sum(x * x, axis=1)
-    shrink = tl.where(squared < MOST_SQUARED, 1.0, SHRINK)  # NaN too
-    x *= shrink[:, None]
-    norm = tl.sqrt(tl.sum(x * x, axis=1))
-    # Squares vanish where a row below the floor isn't zero. An infinite norm's factor is NaN: 0 would hide it.
-    is_zero = (squared == 0.0) & (tl.max(tl.abs(x), axis=1) == 0.0)
-    inverse = tl.where(is_zero, 0.0, 1.0 / tl.maximum(norm, floor * shrink) + (norm - norm))
-    tl.store(inverse_ptr + rows, inverse * shrink, mask=inside)
-    if WRITES_UNIT:
-        store_rows(unit_ptr, rows, inside, dim, x * inverse[:, None], BLOCK_DIM)
-    if WRITES_OPERAND:  # a row may be long for its norm and yet not for products
-        grown = tl.where(is_long(inverse * shrink), SHRINK, 1.0) / shrink
-        store_rows(operand_ptr, rows, inside, dim, x * grown[:, None], BLOCK_DIM)
+    x, shrink, inverse = normalised(load_rows(x_ptr, rows, inside, dim, BLOCK_DIM), floor)
+    store_normalised(
+        x, shrink, inverse, inverse_ptr, unit_ptr, operand_ptr, rows, inside, dim,
+        WRITES_UNIT, WRITES_OPERAND, BLOCK_DIM,
+    )  # fmt: skip
+
+
+@triton.jit
+def prepare_kernel(
+    query_ptr,  # (num_rows, dim)
+    key_ptr,  # (num_keys, dim), num_keys ≥ num_rows
+    query_inverse_ptr,  # out (num_rows,) as in normalise_kernel
+    key_inverse_ptr,  # out (num_keys,)
+    query_operand_ptr,  # out (num_rows, dim)
+    key_operand_ptr,  # out (num_keys, dim)
+    key_unit_ptr,  # out (num_keys, dim)
+    positive_ptr,  # out (num_rows,) the similarity of row i and key i
+    index_ptr,  # out (num_rows,) int64: 0, 1, 2, …
+    scale_ptr,  # out (1,)
+    num_rows,
+    num_keys,
+    dim,
+    floor,
+    scale,
+    WRITES_UNIT: tl.constexpr,
+    WRITES_OPERAND: tl.constexpr,
+    WRITES_SCALE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """What comes before the similarities where row i's positive is key i, which then is at hand when row i is."""
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = rows < num_keys
+    key, key_shrink, key_inverse = normalised(load_rows(key_ptr, rows, inside, dim, BLOCK_DIM), floor)
+    store_normalised(
+        key, key_shrink, key_inverse, key_inverse_ptr, key_unit_ptr, key_operand_ptr, rows, inside, dim,
+        WRITES_UNIT, WRITES_OPERAND, BLOCK_DIM,
+    )  # fmt: skip
+    inside = rows < num_rows
+    query, shrink, inverse = normalised(load_rows(query_ptr, rows, inside, dim, BLOCK_DIM), floor)
+    store_normalised(
+        query, shrink, inverse, query_inverse_ptr, None, query_operand_ptr, rows, inside, dim,
+        False, WRITES_OPERAND, BLOCK_DIM,
+    )  # fmt: skip
+    tl.store(positive_ptr + rows, tl.sum(query * key, axis=1) * inverse * key_inverse, mask=inside)
+    tl.store(index_ptr + rows, rows.to(tl.int64), mask=inside)
+    if WRITES_SCALE:
+        if tl.program_id(0) == 0:
+            tl.store(scale_ptr, scale)
 
 
 @triton.jit
@@ -228,16 +303,56 @@ def gradient_kernel(
 
 def normalise(x: Tensor, floor: float, unit: Tensor | None = None) -> Rows:
     """The rows of x (N, D), contiguous, with their inverse norms; writes the unit rows to ``unit`` (N, D) if given."""
-    inverse = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    has_long = x.dtype != torch.float16  # which is all within float32's squares
-    operand = torch.empty_like(x) if has_long else x
+    rows = _unknown(x)
     if x.shape[0]:
         tile = row_tile(x.shape[1])
         normalise_kernel[row_grid(x, tile)](
-            x, inverse, unit, operand, *x.shape, floor,
-            WRITES_UNIT=unit is not None, WRITES_OPERAND=has_long, **tile.options(),
+            x, rows.inverse, unit, rows.operand, *x.shape, floor,
+            WRITES_UNIT=unit is not None, WRITES_OPERAND=rows.operand is not x, **tile.options(),
         )  # fmt: skip
-    return Rows(x, inverse, operand)
+    return rows
+
+
+def _unknown(x: Tensor) -> Rows:
+    """Memory for what ``normalise`` finds; float16 needs none for shorter rows: it is all within float32's squares."""
+    inverse = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    return Rows(x, inverse, x if x.dtype == torch.float16 else torch.empty_like(x))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What :func:`prepare` gives."""
+
+    query: Rows  # (N, D)
+    key: Rows  # (M, D)
+    positive: Tensor  # (N,) float32: the cosine of row i and key i
+    index: Tensor  # (N,) int64: 0, 1, 2, …
+    scale: Tensor  # (1,) float32
+
+
+def prepare(query: Tensor, key: Tensor, floor: float, unit: Tensor | None, scale: float | Tensor) -> Prepared:
+    """Query (N, D) and key (M, D), M ≥ N > 0, contiguous and of one type, in one launch; writes unit keys to ``unit``.
+
+    A ``scale`` that is a tensor (1,) float32 is passed on as it is.
+    """
+    (num_rows, dim), num_keys = query.shape, key.shape[0]
+    is_number = not isinstance(scale, Tensor)
+    positive = torch.empty(num_rows, dtype=torch.float32, device=query.device)
+    found = Prepared(
+        _unknown(query),
+        _unknown(key),
+        positive,
+        torch.empty(num_rows, dtype=torch.int64, device=query.device),
+        positive.new_empty(1) if is_number else scale,
+    )
+    tile = row_tile(dim)
+    prepare_kernel[row_grid(key, tile)](
+        query, key, found.query.inverse, found.key.inverse, found.query.operand, found.key.operand, unit,
+        positive, found.index, found.scale, num_rows, num_keys, dim, floor, scale if is_number else 0.0,
+        WRITES_UNIT=unit is not None, WRITES_OPERAND=found.key.operand is not key, WRITES_SCALE=is_number,
+        **tile.options(),
+    )  # fmt: skip
+    return found
 
 
 def scale_rows(rows: Rows, factor: Tensor) -> Tensor:

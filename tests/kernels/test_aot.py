@@ -50,6 +50,10 @@ OPERANDS = (
     "scaled_ptr",
     "other_ptr",
     "operand_ptr",
+    "query_operand_ptr",
+    "key_operand_ptr",
+    "key_unit_ptr",
+    "key_ptr",
     "query_ptr",
     "rows_ptr",
 )
@@ -65,6 +69,7 @@ INDICES = (
     "left_out_ptr",
     "left_out_offsets_ptr",
     "order_ptr",
+    "index_ptr",
 )
 PLACES = ("nearest_ptr", "column_index_ptr")
 SIZES = re.compile(r"num_\w+|dim|first_\w+|parts|part_cols|k|\w+_stride|distance")  # the other numbers are float32
@@ -243,6 +248,8 @@ def test_product_kernel(arch: str, table: list[str]) -> None:
 ROW_KERNELS = {
     "normalise": (rows.normalise_kernel, {"WRITES_UNIT": True, "WRITES_OPERAND": True}),
     "scale rows": (rows.scale_rows_kernel, {}),
+    "prepare": (rows.prepare_kernel, {"WRITES_UNIT": True, "WRITES_OPERAND": True, "WRITES_SCALE": True}),
+    "rows of exponentials": (info_nce.exp_rows_kernel, {"HAS_MARGIN": True, "WANTS_DOT": True, "BLOCK_TILES": 64}),
     "positive": (rows.positive_kernel, {}),
     "gradient, same index": (rows.gradient_kernel, {"PARTNER": 2}),
     "gradient, listed": (rows.gradient_kernel, {"PARTNER": 3}),
@@ -260,8 +267,8 @@ ROW_KERNELS = {
 def test_row_kernels(arch: str, dim: int, table: list[str]) -> None:
     tile: RowTile = row_tile(dim)
     for name, (kernel, features) in ROW_KERNELS.items():
-        if dim == 4096 and "listed" not in name and "own" not in name:
-            continue  # the one that keeps most in registers stands for the others
+        if dim == 4096 and not any(word in name for word in ("listed", "own", "prepare", "rows of")):
+            continue  # those that keep most in registers stand for the others
         blocks = {"BLOCK_ROWS": tile.rows, "BLOCK_DIM": tile.dim}
         constants = {**features, **{block: size for block, size in blocks.items() if block in kernel.arg_names}}
         compiled = compile_for(arch, kernel, _types(kernel.arg_names, "bf16"), constants, tile.num_warps)
@@ -296,7 +303,7 @@ ALONE = {
     "factor_stride": 1,
 }
 LEFT_OUT = {
-    "exp": (info_nce.exp_kernel, {"SPECIAL": 0, "GROUPS": 0, "WANTS_DOT": False}, ["special_ptr"]),
+    "exp": (info_nce.exp_kernel, {"SPECIAL": 0, "GROUPS": 0, "WANTS_DOT": False}, ["special_ptr", "offset_ptr"]),
     "statistics": (
         info_nce.statistics_kernel,
         {"SPECIAL": 1, "GROUPS": 0, "HAS_COLUMNS": False},

@@ -147,7 +147,7 @@ def test_how_many_products(products: int, options: dict[str, Any], cost: Cost) -
 
 @needs_meta_addmm
 @pytest.mark.parametrize(
-    ("most", "options"), [(19, {}), (50, {"temperature": learned()}), (58, {"symmetric": True})], ids=str
+    ("most", "options"), [(11, {}), (47, {"temperature": learned()}), (54, {"symmetric": True})], ids=str
 )
 def test_how_many_launches(most: int, options: dict[str, Any], cost: Cost) -> None:
     """Below some 6,000 rows their number is the time of a step."""

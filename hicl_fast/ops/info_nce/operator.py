@@ -74,7 +74,9 @@ def sweep(
     with without_autocast(problem.query.device.type):
         options = (problem, row_weight, wanted)
         statistics, gradients = forward(*options) if mixing is None else forward(*options, mixing)
-        loss = statistics.loss.sum() * row_weight if statistics.total is None else statistics.total
+        loss = statistics.total
+        if loss is None:
+            loss = statistics.loss.mean() if reduction == "mean" else statistics.loss.sum()
     if mixing is None:
         return Result(loss, statistics.positive, statistics.hardest), gradients
     check_found(statistics.hard_negatives, mixing.k)

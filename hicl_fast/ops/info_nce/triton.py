@@ -151,33 +151,30 @@ class _Sweeps:
         of_rows = RowResults.unknown(operands.positive, wants_scale=self.wanted.scale)
         derivative = operands.margin_derivative if isinstance(operands.margin_derivative, Tensor) else None
         gradients = InputGradients(operands)
-        offsets = torch.full_like(operands.positive, offset)
         buffers = self._buffers()
         for rows in self.chunks():
-            stored, partials = self._exponentials(rows, offsets, buffers, amplitude=1.0)
-            kernels.exp_rows(
+            stored, partials = self._exponentials(rows, offset, buffers, amplitude=1.0)
+            scaled_query = kernels.exp_rows(
                 partials, operands.with_margin[rows], None if derivative is None else derivative[rows],
-                scale, offset, row_weight, rows, of_rows,
+                scale, offset, row_weight, operands.query[rows], rows, of_rows,
             )  # fmt: skip
-            row_factor = of_rows.factor[rows]
-            scaled_query = operands.row_kernels.scale_rows(operands.query[rows], row_factor)
-            gradients.add(rows, stored, row_factor, scaled_query, of_rows.coefficient[rows])
+            gradients.add(rows, stored, of_rows.factor[rows], scaled_query, of_rows.coefficient[rows])
 
         loss = of_rows.loss
         statistics = RowStatistics(loss, of_rows.negative_lse, loss.new_empty(0), operands.positive, of_rows.hardest)
-        columns = gradients.columns(torch.ones_like(scale), of_rows.coefficient)
+        columns = gradients.columns(scale, of_rows.coefficient)  # which the scaled rows are without
         scale_grad = None if of_rows.scale_gradient is None else of_rows.scale_gradient.sum()
         return statistics, self._gradients(query=gradients.query, scale=scale_grad, **columns)
 
     def _exponentials(
-        self, rows: slice, offset: Tensor, buffers: list[Tensor], amplitude: float
+        self, rows: slice, offset: Tensor | float, buffers: list[Tensor], amplitude: float
     ) -> tuple[list[Tensor], Tensor]:
         """The chunk's exponentials by kind of column, and their sums (3, column tiles, R)."""
         partials = self.scale.new_empty(len(kernels.EXP_PLANES), self.exp.num_column_tiles, rows.stop - rows.start)
         stored = self._places(rows, buffers)
         for i, similarities, tiles in self._launches(rows, self.exp):
             kernels.exp_similarities(
-                similarities, self.scale, offset[rows], stored[i], partials[:, tiles],
+                similarities, self.scale, offset[rows] if isinstance(offset, Tensor) else offset, stored[i], partials[:, tiles],
                 amplitude=amplitude, wants_dot=self.wanted.scale,
             )  # fmt: skip
         return stored, partials

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hicl_fast.kernels import rows
 from hicl_fast.kernels.rows import Rows
 from hicl_fast.ops.common.constants import NORM_FLOOR, Groups, Special
 from hicl_fast.ops.common.numbers import scale_on
@@ -40,29 +41,48 @@ class Operands:
             problem.precision, problem.query, problem.key, problem.negatives, problem.bank
         )
         self.row_kernels = row_kernels(device)
-        self.scale = scale_on(problem.scale, device, torch.float32).reshape(1)
-        self.query, _ = self._ready(problem.query, wants_unit=False)
         self.num_rows = problem.query.shape[0]
-        self.same_index = torch.arange(self.num_rows, device=device)
-        self.kinds = [self._kind(columns) for columns in problem.columns(wanted)]
-        self.keys = self.kinds[0]
-        assert self.keys.rules.special_column is not None
-        self.target = self.keys.rules.special_column
-
-        self.positive = self.row_kernels.positive_similarity(self.query, self.keys.vectors, self.target)  # (N,)
+        keys, *others = problem.columns(wanted)
+        self._begin(keys)
+        self.kinds = [self.keys, *map(self._kind, others)]
         self.with_margin, self.margin_derivative = with_margin(self.positive, problem.margin)
         self.limit = limits(problem, self.positive)  # (N,), or None
+
+    def _begin(self, columns: KindOfColumn) -> None:
+        """Query, keys, positives and scale: all in one launch where row i's positive is key i."""
+        rules, key, query = columns.contiguous(), self._operand(columns.vectors), self._operand(self.problem.query)
+        unit = self._unit(key)
+        if rules.special_column is None:
+            found = rows.prepare(query, key, NORM_FLOOR, unit, self._scale_to_write(query.device))
+            self.query, vectors, self.scale = found.query, found.key, found.scale
+            self.positive, self.same_index = found.positive, found.index
+            rules.special_column = self.same_index
+        else:
+            self.scale = scale_on(self.problem.scale, query.device, torch.float32).reshape(1)
+            self.query = self.row_kernels.normalise(query, NORM_FLOOR)
+            vectors = self.row_kernels.normalise(key, NORM_FLOOR, unit)
+            self.same_index = torch.arange(self.num_rows, device=query.device)
+            self.positive = self.row_kernels.positive_similarity(self.query, vectors, rules.special_column)
+        self.target, self.keys = rules.special_column, Kind(rules, vectors, unit)
+
+    def _scale_to_write(self, device: torch.device) -> float | Tensor:
+        """The host's number, or the device's (1,)."""
+        scale = self.problem.scale
+        return float(scale) if scale.device.type == "cpu" else scale_on(scale, device, torch.float32).reshape(1)
 
     def _kind(self, columns: KindOfColumn) -> Kind:
         rules = columns.contiguous()
         if rules.special != Special.NOTHING and rules.special_column is None:
             rules.special_column = self.same_index
-        return Kind(rules, *self._ready(columns.vectors, wants_unit=self.wanted.query))
+        operand = self._operand(columns.vectors)
+        unit = self._unit(operand)
+        return Kind(rules, self.row_kernels.normalise(operand, NORM_FLOOR, unit), unit)
 
-    def _ready(self, x: Tensor, *, wants_unit: bool) -> tuple[Rows, Tensor | None]:
-        operand = x.detach().to(self.dtype).contiguous()
-        unit = torch.empty_like(operand) if wants_unit else None
-        return self.row_kernels.normalise(operand, NORM_FLOOR, unit), unit
+    def _operand(self, x: Tensor) -> Tensor:
+        return x.detach().to(self.dtype).contiguous()
+
+    def _unit(self, operand: Tensor) -> Tensor | None:
+        return torch.empty_like(operand) if self.wanted.query else None
 
     @functools.cached_property
     def positive_logit(self) -> Tensor:  # (N,)
