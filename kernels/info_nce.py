@@ -1,9 +1,13 @@
 """InfoNCE over tiles of scaled cosine similarities ℓ = scale · (q·k) / (‖q‖ ‖k‖), and what a row's sums come to.
 
 Three kernels over the same tile: ``statistics_kernel`` keeps sums only, ``exp_kernel`` stores exp(ℓ − offset), and
-``similarity_gradient_kernel`` stores ∂loss/∂s where that is no product of a row's factor and exp(ℓ − offset).
-``exp_rows_kernel`` goes from a row's sums to its loss and factors, and scales the row by them. There is a program a tile or, with PERSISTENT, one a
-multiprocessor: then a tile's operands are on their way while the one before it ends.
+``similarity_gradient_kernel`` stores ∂loss/∂ℓ where that is no product of a row's factor and exp(ℓ − offset). There is a
+program a tile or, with PERSISTENT, one a multiprocessor: then a tile's operands are on their way while the one before it
+ends.
+
+The others work on a few numbers a row, each in place of a dozen of PyTorch's launches: ``exp_rows_kernel`` goes from the
+sums of a single sweep to losses, factors and the rows times their factors; ``log_sum_kernel`` and ``loss_rows_kernel`` come
+between two sweeps.
 
 The positive never takes part, since rounding it would drown the gradient of a small loss.
 
@@ -331,7 +335,7 @@ def statistics_kernel(
 def statistics(
     similarities: Similarities,  # R × C
     scale: Tensor,  # (1,)
-    positive_logit: Tensor,  # (R,)
+    positive_logit: Tensor | None,  # (R,) where there are several positives
     partials: Tensor,  # (4, column tiles, R) float32; planes as in STATISTICS_PLANES
     column_partials: Tensor | None,  # (2, row tiles, C) float32: Σ exp(ℓ − max), max
 ) -> None:
@@ -391,7 +395,7 @@ def similarity_gradient_kernel(
     BAND: tl.constexpr,
     PERSISTENT: tl.constexpr,
 ):
-    """One tile of ∂loss/∂s: the row's softmax, the column's where the loss is symmetric, less the positives' share."""
+    """One tile of ∂loss/∂ℓ: the row's softmax, the column's where the loss is symmetric, less the positives' share."""
     total_tiles = tl.cdiv(num_rows, BLOCK_ROWS) * tl.cdiv(num_cols, BLOCK_COLS)
     for program in tl.range(tl.program_id(0), total_tiles, tl.num_programs(0), flatten=FLATTENS and PERSISTENT):
         row_tile, col_tile, rows, cols, y, query_inverse, special = tile_of_similarities(
@@ -462,6 +466,65 @@ def similarity_gradients(
 
 
 @triton.jit
+def log_sum_kernel(
+    total_ptr,  # (num_tiles, num_rows): each tile's Σ exp(ℓ − most)
+    most_ptr,  # (num_tiles, num_rows)
+    hardest_ptr,  # (num_tiles, num_rows), or None
+    lse_ptr,  # out (num_rows,); with ADDS, what it holds is one of the sums
+    hardest_out,  # out (num_rows,)
+    num_rows,
+    num_tiles,
+    ADDS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    """log Σ exp(ℓ) of all tiles, and the largest of what they found hardest."""
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = rows < num_rows
+    most = tl.zeros((BLOCK_ROWS,), dtype=tl.float32) + float("-inf")
+    total = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+    hardest = most
+    if ADDS:
+        most = tl.load(lse_ptr + rows, mask=inside, other=float("-inf"))
+        total += 1.0
+    for first in range(0, num_tiles, BLOCK_TILES):
+        tiles = first + tl.arange(0, BLOCK_TILES)
+        mask = (tiles < num_tiles)[:, None] & inside[None, :]
+        at = tiles.to(tl.int64)[:, None] * num_rows + rows[None, :]
+        of_tiles = tl.load(most_ptr + at, mask=mask, other=float("-inf"))
+        before, most = most, tl.maximum(most, tl.max(of_tiles, axis=0))
+        shift = tl.where(most == float("-inf"), 0.0, most)  # −∞ − −∞ is no number
+        parts = tl.load(total_ptr + at, mask=mask, other=0.0) * tl.exp(of_tiles - shift[None, :])
+        total = total * tl.exp(before - shift) + tl.sum(parts, axis=0)
+        if hardest_ptr is not None:
+            of_tiles = tl.load(hardest_ptr + at, mask=mask, other=float("-inf"))
+            hardest = tl.maximum(hardest, tl.max(of_tiles, axis=0))
+    tl.store(lse_ptr + rows, tl.log(total) + most, mask=inside)
+    if hardest_ptr is not None:
+        tl.store(hardest_out + rows, hardest, mask=inside)
+
+
+_ROWS_OF_SUMS, _TILES_OF_SUMS = 32, 32
+
+
+def log_sums(
+    total: Tensor,  # (T, R) float32
+    most: Tensor,  # (T, R) float32
+    lse: Tensor,  # (R,) float32
+    hardest: tuple[Tensor, Tensor] | None = None,  # (T, R) and where the largest go, (R,)
+    *,
+    adds: bool = False,
+) -> None:
+    """``lse = log Σ_t total_t · exp(most_t)`` over the tiles; with ``adds``, what was in it counts too."""
+    of_tiles, largest = hardest or (None, None)
+    num_tiles, num_rows = total.shape
+    log_sum_kernel[(triton.cdiv(num_rows, _ROWS_OF_SUMS),)](
+        total, most, of_tiles, lse, largest, num_rows, num_tiles,
+        ADDS=adds, BLOCK_ROWS=_ROWS_OF_SUMS, BLOCK_TILES=_TILES_OF_SUMS, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
 def log1p_of_fraction(t):
     """``log(1 + t)`` for t from 0 to 1, with the digits of a small one: ``2 artanh z`` as a series, z = t / (2 + t)."""
     z = t / (2.0 + t)
@@ -470,6 +533,69 @@ def log1p_of_fraction(t):
     for power in tl.static_range(15, 0, -2):
         series = series * square + 1.0 / power
     return 2.0 * z * series
+
+
+@triton.jit
+def log1p_exp(x):
+    """``log(1 + eˣ)`` with all digits of a small result, and its derivative; NaN stays NaN."""
+    t = tl.exp(-tl.abs(x))
+    return tl.where(x > 0.0, x, 0.0) + log1p_of_fraction(t), tl.where(x > 0.0, 1.0, t) / (1.0 + t)
+
+
+@triton.jit
+def loss_rows_kernel(
+    negative_lse_ptr,  # (num_rows,)
+    column_lse_ptr,  # (num_rows,), or None where the loss has one direction
+    positive_ptr,  # (num_rows,) similarity of the positive, its margin counted
+    scale_ptr,  # (1,)
+    loss_grad_ptr,  # (num_rows,), or None: ``row_weight`` for all
+    loss_ptr,  # out (num_rows,)
+    negative_ptr,  # out (num_rows,) the derivative by negative_lse
+    column_ptr,  # out (num_rows,) by column_lse
+    positive_out,  # out (num_rows,) by the positive's logit
+    num_rows,
+    row_weight,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """log(1 + e^(L − p)) of each row, or its mean with the same down the columns, and its derivatives."""
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = rows < num_rows
+    weight = row_weight
+    if loss_grad_ptr is not None:
+        weight = tl.load(loss_grad_ptr + rows, mask=inside, other=0.0)
+    positive_logit = tl.load(positive_ptr + rows, mask=inside, other=0.0) * tl.load(scale_ptr)
+    loss, share = log1p_exp(tl.load(negative_lse_ptr + rows, mask=inside, other=0.0) - positive_logit)
+    negative = share * weight
+    by_positive = negative
+    if column_lse_ptr is not None:
+        of_column, share = log1p_exp(tl.load(column_lse_ptr + rows, mask=inside, other=0.0) - positive_logit)
+        loss, negative, column = (loss + of_column) * 0.5, negative * 0.5, share * (weight * 0.5)
+        by_positive = negative + column
+        tl.store(column_ptr + rows, column, mask=inside)
+    tl.store(loss_ptr + rows, loss, mask=inside)
+    tl.store(negative_ptr + rows, negative, mask=inside)
+    tl.store(positive_out + rows, -by_positive, mask=inside)
+
+
+def loss_rows(
+    negative_lse: Tensor,  # (N,) float32
+    column_lse: Tensor | None,  # (N,) float32; None: a loss in one direction
+    positive: Tensor,  # (N,) float32: similarity of the positive, its margin counted
+    scale: Tensor,  # (1,)
+    weight: Tensor | float,  # (N,) float32, or one for all: what multiplies a row's loss in what is differentiated
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The loss of each row, and the derivatives by negative_lse, column_lse and the positive's logit; (N,) each."""
+    loss, negative, by_positive = (torch.empty_like(negative_lse) for _ in range(3))
+    column = None if column_lse is None else torch.empty_like(negative_lse)
+    loss_grad, row_weight = (weight, 0.0) if isinstance(weight, Tensor) else (None, weight)
+    loss_rows_kernel[(triton.cdiv(len(loss), _ROWS_OF_LOSSES),)](
+        negative_lse, column_lse, positive, scale, loss_grad, loss, negative, column, by_positive,
+        len(loss), row_weight, BLOCK_ROWS=_ROWS_OF_LOSSES, num_warps=4,
+    )  # fmt: skip
+    return loss, negative, column, by_positive
+
+
+_ROWS_OF_LOSSES = 128
 
 
 @triton.jit
@@ -519,18 +645,15 @@ def exp_rows_kernel(
     positive = tl.load(positive_ptr + rows, mask=inside, other=0.0)
     positive_logit = positive * scale
     negative_lse = tl.log(exp_sum) + offset
-    x = negative_lse - positive_logit
-    t = tl.exp(-tl.abs(x))
-    rest = log1p_of_fraction(t)
-    lse = tl.where(x > 0.0, negative_lse, positive_logit) + rest
-    negative_share = tl.where(x > 0.0, 1.0, t) / (1.0 + t) * row_weight
-    factor = tl.exp(offset - lse) * row_weight
+    loss, negative_share = log1p_exp(negative_lse - positive_logit)
+    negative_share *= row_weight
+    factor = tl.exp(offset - positive_logit - loss) * row_weight
     coefficient = -negative_share * scale
     if HAS_MARGIN:
         coefficient *= tl.load(margin_derivative_ptr + rows, mask=inside, other=0.0)
     tl.store(negative_lse_ptr + rows, negative_lse, mask=inside)
     tl.store(hardest_ptr + rows, hardest, mask=inside)
-    tl.store(loss_ptr + rows, tl.where(x > 0.0, x, 0.0) + rest, mask=inside)
+    tl.store(loss_ptr + rows, loss, mask=inside)
     tl.store(factor_ptr + rows, factor * scale, mask=inside)
     tl.store(coefficient_ptr + rows, coefficient, mask=inside)
     if WANTS_DOT:
@@ -540,8 +663,7 @@ def exp_rows_kernel(
     store_rows(scaled_ptr, rows, inside, dim, scaled_unit(query, query_inverse, factor), BLOCK_DIM)
 
 
-# In PyTorch what follows is some twenty operations on N numbers, each a launch; the launches, not the numbers, take the time.
-_TILES_OF_SUMS = 64
+_TILES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -586,6 +708,6 @@ def exp_rows(
         *(None if x is None else x[rows] for x in results),
         num_rows, partials.shape[1], dim, partials.stride(0), offset, row_weight,
         HAS_MARGIN=margin_derivative is not None, WANTS_DOT=out.scale_gradient is not None,
-        BLOCK_TILES=_TILES_OF_SUMS, **tile.options(),
+        BLOCK_TILES=_TILES_AT_ONCE, **tile.options(),
     )  # fmt: skip
     return scaled

@@ -275,6 +275,31 @@ def test_row_kernels(arch: str, dim: int, table: list[str]) -> None:
         _check(arch, f"D={dim}", name, resources_of(compiled), table)
 
 
+# What comes between two sweeps, a few numbers a row.
+BETWEEN = {
+    "log-sums": (info_nce.log_sum_kernel, {"ADDS": True, "BLOCK_ROWS": 32, "BLOCK_TILES": 32}, []),
+    "log-sums of columns": (
+        info_nce.log_sum_kernel,
+        {"ADDS": False, "BLOCK_ROWS": 32, "BLOCK_TILES": 32},
+        ["hardest_ptr", "hardest_out"],
+    ),
+    "losses": (info_nce.loss_rows_kernel, {"BLOCK_ROWS": 128}, []),
+    "losses, one direction": (
+        info_nce.loss_rows_kernel,
+        {"BLOCK_ROWS": 128},
+        ["column_lse_ptr", "column_ptr", "loss_grad_ptr"],
+    ),
+}
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_kernels_between_sweeps(arch: str, table: list[str]) -> None:
+    for name, (kernel, features, absent) in BETWEEN.items():
+        types = _types(kernel.arg_names, "bf16") | dict.fromkeys(("hardest_out", "positive_out"), "*fp32")
+        compiled = compile_for(arch, kernel, types, {**features, **dict.fromkeys(absent)}, num_warps=4)
+        _check(arch, "fp32", name, resources_of(compiled), table)
+
+
 POOL_KERNELS = {
     "pool": (segment_pool.pool_kernel, {"HAS_WEIGHTS": True}, 512),
     "pool, to segments": (segment_pool.segments_gradient_kernel, {"HAS_WEIGHTS": True}, 512),
@@ -307,7 +332,7 @@ LEFT_OUT = {
     "statistics": (
         info_nce.statistics_kernel,
         {"SPECIAL": 1, "GROUPS": 0, "HAS_COLUMNS": False},
-        ["column_partials_ptr"],
+        ["column_partials_ptr", "positive_logit_ptr"],
     ),
     "gradients": (
         info_nce.similarity_gradient_kernel,

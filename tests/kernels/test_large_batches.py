@@ -145,13 +145,21 @@ def test_how_many_products(products: int, options: dict[str, Any], cost: Cost) -
     assert cost.operations == products * 2 * n * n * D
 
 
+LAUNCHES: list[tuple[int, dict[str, Any]]] = [
+    (11, {}),
+    (16, {"temperature": 0.01}),
+    (17, {"symmetric": True}),
+    (25, {"temperature": learned()}),
+    (26, {"symmetric": True, "temperature": learned()}),
+]
+
+
 @needs_meta_addmm
-@pytest.mark.parametrize(
-    ("most", "options"), [(11, {}), (47, {"temperature": learned()}), (54, {"symmetric": True})], ids=str
-)
-def test_how_many_launches(most: int, options: dict[str, Any], cost: Cost) -> None:
+@pytest.mark.parametrize("n", [2048, 4096])
+@pytest.mark.parametrize(("most", "options"), LAUNCHES, ids=str)
+def test_how_many_launches(most: int, options: dict[str, Any], n: int, cost: Cost) -> None:
     """Below some 6,000 rows their number is the time of a step."""
-    step(cost, 2048, **options)
+    step(cost, n, **options)
     assert cost.launches <= most, cost.launches
 
 

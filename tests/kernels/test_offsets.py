@@ -87,7 +87,13 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
         {**TILED, "SPECIAL": 1, "GROUPS": 2, "HAS_COLUMNS": True, "WANTS_DOT": True},
     ),
     "normalise": (rows.normalise_kernel, {**ROW, "WRITES_UNIT": True, "WRITES_OPERAND": True}),
+    "prepare": (rows.prepare_kernel, {**ROW, "WRITES_UNIT": True, "WRITES_OPERAND": True, "WRITES_SCALE": True}),
     "scale rows": (rows.scale_rows_kernel, ROW),
+    "rows of exponentials": (
+        info_nce.exp_rows_kernel,
+        {**ROW, "HAS_MARGIN": True, "WANTS_DOT": True, "BLOCK_TILES": 64},
+    ),
+    "log-sums": (info_nce.log_sum_kernel, {"ADDS": True, "BLOCK_ROWS": 32, "BLOCK_TILES": 32}),
     "positive": (rows.positive_kernel, ROW),
     **{f"gradient {kind}": (rows.gradient_kernel, {**ROW, "PARTNER": kind}) for kind in range(4)},
     "pool": (segment_pool.pool_kernel, {**POOL, "HAS_WEIGHTS": True}),
@@ -106,6 +112,7 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
 def ttir_of(kernel: Any, constants: dict[str, Any]) -> str:
     taken = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = _types(kernel.arg_names, "bf16") | {"pairs_ptr": "*i64", "index_ptr": "*i64", "best_ptr": "*i64"}
+    types |= dict.fromkeys({"hardest_out"} & set(kernel.arg_names), "*fp32")
     return compile_for("sm_90", kernel, types, taken, num_warps=4).asm["ttir"]
 
 

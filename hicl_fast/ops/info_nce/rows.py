@@ -59,6 +59,10 @@ class RowWeights(NamedTuple):
         None  # by the positive's logit minus the mean logit of all positives, where there are several
     )
 
+    def contiguous(self) -> RowWeights:
+        """Each in memory of its own: what autograd hands on may be one number, expanded."""
+        return RowWeights(*(None if x is None else x.contiguous() for x in self))
+
     @classmethod
     def of_loss(
         cls,

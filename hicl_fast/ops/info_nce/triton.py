@@ -46,21 +46,20 @@ def forward(problem: Problem, row_weight: float, wanted: Wanted) -> tuple[RowSta
     with _running(problem, wanted) as sweeps:
         if any(wanted) and sweeps.offset is not None:
             return sweeps.once(row_weight, sweeps.offset)
-        statistics = sweeps.statistics()
-        weight = torch.full_like(statistics.loss, row_weight)
-        return statistics, sweeps.gradients_of_loss(statistics.negative_lse, statistics.column_lse, weight)
+        return sweeps.twice(row_weight)
 
 
 def backward(
     problem: Problem, negative_lse: Tensor, column_lse: Tensor, loss_grad: Tensor, wanted: Wanted
 ) -> Gradients:
     with _running(problem, wanted) as sweeps:
-        return sweeps.gradients_of_loss(negative_lse, column_lse, loss_grad.to(torch.float32))
+        _, weights = sweeps.loss(negative_lse, column_lse, loss_grad.to(torch.float32).contiguous())
+        return sweeps.gradients(negative_lse, column_lse, weights)
 
 
 def log_sum_exp_backward(problem: Problem, negative_lse: Tensor, weights: RowWeights, wanted: Wanted) -> Gradients:
     with _running(problem, wanted) as sweeps:
-        return sweeps.gradients(negative_lse, negative_lse.new_empty(0), weights)
+        return sweeps.gradients(negative_lse, negative_lse.new_empty(0), weights.contiguous())
 
 
 @contextlib.contextmanager
@@ -71,9 +70,10 @@ def _running(problem: Problem, wanted: Wanted) -> Iterator[_Sweeps]:
 
 @dataclass
 class _Stored:
-    """How the second sweep stores ∂loss/∂s: multiplied by 1 / row_factor for the rows' gradients."""
+    """How the second sweep stores ∂loss/∂ℓ: divided by ``weight``."""
 
-    row_factor: Tensor  # (N,)
+    weight: Tensor  # (N,)
+    row_factor: Tensor  # (N,) weight times scale, that makes ∂loss/∂s of it
     query_factor: Tensor  # (N,) of the unit query rows in the columns' product
     column_factor: Tensor  # (1,) that undoes both in the columns' gradients
     by_column: tuple[Tensor, Tensor] | None = None  # offset and factor, (M,) each
@@ -193,30 +193,36 @@ class _Sweeps:
 
     # --- two sweeps --------------------------------------------------------------------------------------------------
 
-    def statistics(self) -> RowStatistics:
-        """The first sweep: losses."""
+    def twice(self, row_weight: float) -> tuple[RowStatistics, Gradients]:
+        operands = self.operands
+        negative_lse, column_lse, hardest, shift = self.statistics()
+        loss, weights = self.loss(negative_lse, column_lse, row_weight)
+        if operands.has_several_positives:
+            loss += shift / operands.num_positives
+        statistics = RowStatistics(loss, negative_lse, column_lse, operands.positive, hardest)
+        return statistics, self.gradients(negative_lse, column_lse, weights)
+
+    def statistics(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The first sweep: log-sum-exps (N,) and (M,) or (0,), the hardest negatives' similarities (N,), shifts (N,).
+
+        A shift is how far all positives' logits lie below the target's, where there are several.
+        """
         operands, problem = self.operands, self.problem
         negative_lse, hardest = torch.empty_like(operands.positive), torch.empty_like(operands.positive)
         shift = torch.empty_like(operands.positive)
-        column_lse = negative_lse.new_full((operands.keys.count if problem.symmetric else 0,), -torch.inf)
+        column_lse = negative_lse.new_empty(operands.keys.count if problem.symmetric else 0)
         for rows in self.chunks():
             partials, column_partials = self._statistics_of(rows)
             plane = dict(zip(kernels.STATISTICS_PLANES, partials, strict=True))
-            negative_lse[rows] = _log_sum(plane["exp_sum"], plane["max"])
-            hardest[rows] = plane["hardest"].amax(dim=0)
+            hardest_of = (plane["hardest"], hardest[rows])
+            kernels.log_sums(plane["exp_sum"], plane["max"], negative_lse[rows], hardest_of)
             if operands.has_several_positives:
                 shift[rows] = -self._of_kinds_with_positives(plane["positives_shift"])
             if column_partials is not None:
-                column_lse = torch.logaddexp(column_lse, _log_sum(*column_partials))
+                kernels.log_sums(*column_partials, column_lse, adds=rows.start > 0)
         if self.extra_logits is not None:
             negative_lse = torch.logaddexp(negative_lse, self.extra_logits.logsumexp(dim=1))
-
-        loss = _log1p_exp(negative_lse - operands.positive_logit)
-        if operands.has_several_positives:
-            loss += shift / operands.num_positives
-        if problem.symmetric:
-            loss = (loss + _log1p_exp(column_lse - operands.positive_logit)) / 2
-        return RowStatistics(loss, negative_lse, column_lse, operands.positive, hardest)
+        return negative_lse, column_lse, hardest, shift
 
     def _statistics_of(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Sums by row (4, column tiles, R), and by column (2, row tiles, M) if the loss is symmetric."""
@@ -226,7 +232,7 @@ class _Sweeps:
             row_tiles = -(-num_rows // tiling.tile.rows)
             by_column = self.scale.new_empty(2, row_tiles, self.operands.keys.count)
         partials = self.scale.new_empty(len(kernels.STATISTICS_PLANES), tiling.num_column_tiles, num_rows)
-        positive_logit = self.operands.positive_logit[rows]
+        positive_logit = self.operands.positive_logit[rows] if self.operands.has_several_positives else None
         for _, similarities, tiles in self._launches(rows, tiling):
             kernels.statistics(similarities, self.scale, positive_logit, partials[:, tiles], by_column)
         return partials, by_column
@@ -236,17 +242,17 @@ class _Sweeps:
         with_positives = [tiles for kind, tiles in kinds if kind.rules.groups == Groups.POSITIVES]
         return torch.cat([by_tile[tiles] for tiles in with_positives]).sum(dim=0)
 
-    def gradients_of_loss(self, negative_lse: Tensor, column_lse: Tensor, loss_grad: Tensor) -> Gradients:
-        """Of rows that weigh ``loss_grad`` (N,) in the loss."""
+    def loss(self, negative_lse: Tensor, column_lse: Tensor, weight: Tensor | float) -> tuple[Tensor, RowWeights]:
+        """Of each row (N,), the shift of several positives left out; and its derivatives times ``weight``, (N,) or one."""
         operands = self.operands
-        weights = RowWeights.of_loss(
-            loss_grad,
-            negative_lse,
-            column_lse,
-            operands.positive_logit,
-            has_several_positives=operands.has_several_positives,
+        columns = column_lse if column_lse.numel() else None
+        loss, negative, column, positive = kernels.loss_rows(
+            negative_lse, columns, operands.with_margin, self.scale, weight
         )
-        return self.gradients(negative_lse, column_lse, weights)
+        shift = None
+        if operands.has_several_positives:
+            shift = weight if isinstance(weight, Tensor) else torch.full_like(loss, weight)
+        return loss, RowWeights(negative, positive, column, shift)
 
     def gradients(self, negative_lse: Tensor, column_lse: Tensor, weights: RowWeights) -> Gradients:
         """The second sweep."""
@@ -260,45 +266,46 @@ class _Sweeps:
 
         target_weight = weights.positive
         if weights.column is not None:
-            by_column = (column_lse, weights.column * scale)
-            how = self._summed((negative_lse, weights.negative * scale), by_column, None)
+            how = self._summed((negative_lse, weights.negative), (column_lse, weights.column), None)
         elif weights.shift is not None:
             target_weight = target_weight + (1 - 1 / operands.num_positives) * weights.shift
-            share = weights.shift * scale / operands.num_positives
-            how = self._summed((negative_lse, weights.negative * scale), None, share)
+            how = self._summed((negative_lse, weights.negative), None, weights.shift / operands.num_positives)
         else:
-            how = self._factored(weights.negative * scale)
-        coefficient = target_weight * scale * operands.margin_derivative
+            how = self._factored(weights.negative)
+        coefficient = target_weight * scale
+        if isinstance(operands.margin_derivative, Tensor):
+            coefficient *= operands.margin_derivative
 
         gradients = InputGradients(operands)
-        scale_grad = (target_weight * operands.with_margin).sum().reshape(1)
+        scale_grad = torch.dot(target_weight, operands.with_margin).reshape(1) if self.wanted.scale else None
         buffers = self._buffers()
         for rows in self.chunks():
             stored, dot = self._similarity_gradients(rows, how, negative_lse, buffers)
-            if self.wanted.scale:
-                scale_grad += (how.row_factor[rows] * dot.sum(dim=0)).sum() / scale
+            if scale_grad is not None:
+                scale_grad += torch.mv(dot, how.weight[rows]).sum()
             query = operands.query[rows]
             scaled_query = operands.row_kernels.scale_rows(query, how.query_factor[rows])
             gradients.add(rows, stored, how.row_factor[rows], scaled_query, coefficient[rows])
         columns = gradients.columns(how.column_factor, coefficient)
-        scale_gradient = scale_grad if self.wanted.scale else None
-        return self._gradients(query=gradients.query, extra_logits=extra_grad, scale=scale_gradient, **columns)
+        return self._gradients(query=gradients.query, extra_logits=extra_grad, scale=scale_grad, **columns)
 
-    def _factored(self, factor: Tensor) -> _Stored:
-        """What is stored is exp(ℓ − negative_lse), at most 1; ``factor`` (N,) makes ∂loss/∂s of it."""
+    def _factored(self, weight: Tensor) -> _Stored:
+        """What is stored is exp(ℓ − negative_lse), at most 1; ``weight`` (N,) makes ∂loss/∂ℓ of it."""
+        row_factor = weight * self.scale
         if self.operands.dtype != torch.float16:
-            return _Stored(factor, factor, torch.ones_like(self.scale))
-        largest = factor.abs().amax().clamp_min(torch.finfo(torch.float32).tiny * _FLOAT16_AMPLITUDE**2)
-        to_fill = _FLOAT16_AMPLITUDE / largest
-        return _Stored(factor / _FLOAT16_AMPLITUDE, factor * to_fill, largest.reshape(1) / _FLOAT16_AMPLITUDE**2)
+            return _Stored(weight, row_factor, weight, self.scale)
+        amplitude = _FLOAT16_AMPLITUDE
+        largest = weight.abs().amax().clamp_min(torch.finfo(torch.float32).tiny * amplitude**2)
+        undo = self.scale * largest / amplitude**2
+        return _Stored(weight / amplitude, row_factor / amplitude, weight * (amplitude / largest), undo)
 
     def _summed(
         self, by_row: tuple[Tensor, Tensor], by_column: tuple[Tensor, Tensor] | None, positives_share: Tensor | None
     ) -> _Stored:
-        """What is stored is ∂loss/∂s itself, since it is a sum; in float16, scaled by its bound."""
+        """What is stored is ∂loss/∂ℓ itself, since it is a sum; in float16, scaled by its bound."""
         ones = torch.ones_like(by_row[1])
         if self.operands.dtype != torch.float16:
-            return _Stored(ones, ones, torch.ones_like(self.scale), by_column, by_row, positives_share)
+            return _Stored(ones, self.scale.expand_as(ones), ones, self.scale, by_column, by_row, positives_share)
         terms = [by_row[1], positives_share, None if by_column is None else by_column[1]]
         bound = torch.stack([x.abs().amax() for x in terms if x is not None]).sum()
         bound = bound.clamp_min(torch.finfo(torch.float32).tiny * _FLOAT16_AMPLITUDE)
@@ -306,8 +313,9 @@ class _Sweeps:
         undo = bound.reshape(1) / _FLOAT16_AMPLITUDE
         return _Stored(
             undo.expand_as(ones),
+            (undo * self.scale).expand_as(ones),
             ones,
-            undo,
+            undo * self.scale,
             None if by_column is None else (by_column[0], by_column[1] * to_fill),
             (by_row[0], by_row[1] * to_fill),
             None if positives_share is None else positives_share * to_fill,
@@ -320,7 +328,8 @@ class _Sweeps:
         if how.by_row is None:
             amplitude = _FLOAT16_AMPLITUDE if self.operands.dtype == torch.float16 else 1.0
             stored, partials = self._exponentials(rows, negative_lse, buffers, amplitude)
-            return stored, partials[kernels.EXP_PLANES.index("dot")] * amplitude
+            dot = partials[kernels.EXP_PLANES.index("dot")]
+            return stored, dot if amplitude == 1.0 else dot * amplitude
         stored = self._places(rows, buffers)
         dot = self.scale.new_empty(self.narrow.num_column_tiles, rows.stop - rows.start)
         by_row = (how.by_row[0][rows], how.by_row[1][rows])
@@ -350,13 +359,3 @@ def chunk_rows(row_bytes: int, tile_rows: int) -> int:
     """How many rows are swept at a time where a row's stored gradients take ``row_bytes``: whole tiles, at least one."""
     num_rows = max(CHUNK_BYTES // row_bytes, min(MIN_CHUNK_ROWS, MOST_CHUNK_BYTES // row_bytes))
     return max(num_rows // tile_rows, 1) * tile_rows
-
-
-def _log_sum(total: Tensor, most: Tensor) -> Tensor:
-    """``log Σ_t total_t · exp(most_t)`` over the tiles: (T, R), (T, R) -> (R,)."""
-    return torch.logsumexp(total.log() + most, dim=0)
-
-
-def _log1p_exp(x: Tensor) -> Tensor:
-    """``log(1 + eˣ)`` that keeps the digits of a small result and NaN."""
-    return torch.logaddexp(x, x.new_zeros(()))
