@@ -61,7 +61,8 @@ class RowWeights(NamedTuple):
 
     def contiguous(self) -> RowWeights:
         """Each in memory of its own: what autograd hands on may be one number, expanded."""
-        return RowWeights(*(None if x is None else x.contiguous() for x in self))
+        column, shift = (None if x is None else x.contiguous() for x in (self.column, self.shift))
+        return RowWeights(self.negative.contiguous(), self.positive.contiguous(), column, shift)
 
     @classmethod
     def of_loss(
