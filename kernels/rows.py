@@ -343,7 +343,7 @@ def prepare(query: Tensor, key: Tensor, floor: float, unit: Tensor | None, scale
         _unknown(key),
         positive,
         torch.empty(num_rows, dtype=torch.int64, device=query.device),
-        positive.new_empty(1) if is_number else scale,
+        scale if isinstance(scale, Tensor) else positive.new_empty(1),
     )
     tile = row_tile(dim)
     prepare_kernel[row_grid(key, tile)](
