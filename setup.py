@@ -149,7 +149,9 @@ def cuda_build(nvcc: str) -> str:
     """What the CUDA kernels are built with and for, as the extension tells it: sm_ is machine code, compute_ PTX."""
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release (\S+),", said)
-    return " ".join([f"CUDA {release[1] if release else '?'}:", *(flag.rpartition("code=")[2] for flag in gpu_flags(nvcc))])
+    return " ".join(
+        [f"CUDA {release[1] if release else '?'}:", *(flag.rpartition("code=")[2] for flag in gpu_flags(nvcc))]
+    )
 
 
 def cuda_library_folders(nvcc: str) -> list[str]:
