@@ -209,7 +209,7 @@ class BuildExtension(build_ext):
         if compiler is None:
             raise ExecError("hicl-fast: no C++ compiler found")
         torch = torch_folder()
-        includes = [f"-I{torch / 'include'}", f"-I{sysconfig.get_path('include')}", f"-I{ROOT / 'csrc'}"]
+        includes = [f"-I{torch / 'include'}", f"-I{sysconfig.get_path('include')}", "-Icsrc"]
         compile_command = [*compiler, *COMPILE_FLAGS, *includes, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         failure = self.probe(compile_command)
         if failure:

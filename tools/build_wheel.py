@@ -42,7 +42,7 @@ def main() -> int:
     started = time.monotonic()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            compiler, cuda = _compiler(), cuda_environment()
+            cuda, compiler = cuda_environment(), _compiler()
             built = compiled(compiler, cuda, Path(folder))
             wheel = tagged(built)
             codes = checked(compiler, wheel, Path(folder))
