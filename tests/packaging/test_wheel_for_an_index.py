@@ -112,7 +112,7 @@ def test_it_tells_what_is_missing(found: dict[str, Any]) -> None:
 
 
 def test_it_computes(python: Path) -> None:
-    """InfoNCE with mixed hard negatives, pooling and hard negatives, with gradients, as the equations have them."""
+    """InfoNCE with explicit negatives, pooling and hard negatives, with gradients, as the equations have them."""
     program = """
 import torch
 from hicl_fast import functional, reference
@@ -120,7 +120,7 @@ from hicl_fast import functional, reference
 def results(of, device, **backend):
     torch.manual_seed(0)
     rows = [torch.randn(40, 24, device=device, requires_grad=True) for _ in range(3)]
-    loss = of.info_nce(*rows[:2], negative=rows[2], **backend)
+    loss = of.info_nce(*rows[:2], negatives=rows[2], **backend)
     pooled = of.segment_pool(rows[0], torch.tensor([0, 3, 40], device=device), **backend)
     gradients = torch.autograd.grad(loss + pooled.square().sum(), rows)
     return [loss, pooled, *gradients, of.hard_negatives(*rows[:2], 4, **backend).double()]
