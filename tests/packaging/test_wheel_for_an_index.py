@@ -123,7 +123,7 @@ def results(of, device, **backend):
     loss = of.info_nce(*rows[:2], negatives=rows[2], **backend)
     pooled = of.segment_pool(rows[0], torch.tensor([0, 3, 40], device=device), **backend)
     gradients = torch.autograd.grad(loss + pooled.square().sum(), rows)
-    return [loss, pooled, *gradients, of.hard_negatives(*rows[:2], 4, **backend).double()]
+    return [loss, pooled, *gradients, *of.hard_negatives(*rows[:2], 4, **backend)]
 
 tried = {"cpu": "cpp"} | ({"cuda": "cuda"} if torch.cuda.is_available() else {})
 for device, backend in tried.items():
