@@ -16,8 +16,13 @@ INSTALLED := .venv/.installed
 LINKED := .venv/.linked
 BUILT := .venv/.built
 
+# What builds and checks the wheel lies apart from the environment that the tests run in.
+WHEEL := .venv/wheel
+WHEEL_TOOLS := $(WHEEL)/.installed
+NVCC := $(WHEEL)/.nvcc
+
 .DEFAULT_GOAL := help
-.PHONY: help venv build bench test test-main test-cpus test-gpu-on-cpu test-interpret test-quick lint format docs wheel sanitize cuda-check gpu-first gpu-check clean
+.PHONY: help venv build bench test test-main test-cpus test-gpu-on-cpu test-interpret test-quick lint format docs wheel sdist test-wheel sanitize cuda-check gpu-first gpu-check clean
 
 help: ## list the targets
 	@echo "hicl_fast: contrastive losses as custom kernels. Each target does first whatever it needs."
@@ -72,9 +77,17 @@ docs: $(LINKED) ## write the API reference, from the docstrings, to build/docs/i
 	$(BIN)/python -c "import sphinx" 2>/dev/null || $(PIP) install -r requirements/docs.txt
 	$(BIN)/python -m sphinx --quiet --fail-on-warning docs/api build/docs
 
-wheel: $(INSTALLED) ## build a wheel, with the compiled extension inside, into dist/
-	rm -rf build/lib* build/bdist*
-	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+# With the pinned nvcc, which is downloaded once; CUDA_HOME=... takes another one, HICL_FAST_CUDA=0 builds for CPUs only.
+wheel: $(INSTALLED) $(WHEEL_TOOLS) $(if $(CUDA_HOME)$(filter 0,$(HICL_FAST_CUDA)),,$(NVCC)) ## build the wheel for an index, CPU and CUDA kernels inside, into dist/, and check it
+	$(BIN)/python -m tools.build_wheel
+
+sdist: $(INSTALLED) $(WHEEL_TOOLS) ## pack the sources into dist/, and check their metadata
+	rm -f dist/*.tar.gz
+	$(BIN)/python setup.py --quiet sdist
+	$(WHEEL)/bin/python -m twine check --strict dist/*.tar.gz
+
+test-wheel: wheel ## install the wheel into a clean environment and try it there
+	HICL_FAST_WHEEL=1 $(PYTEST) -m wheel tests/packaging $(ARGS)
 
 sanitize: $(LINKED) ## run csrc/cpu's tests under the address and undefined-behaviour sanitizers (ARGS=--quick: the short form)
 	$(BIN)/python tools/sanitize.py $(ARGS)
@@ -102,6 +115,17 @@ $(INSTALLED): requirements/dev.txt requirements/alone.txt requirements/triton.tx
 	$(PIP) install -r requirements/dev.txt
 	$(PIP) install --no-deps -r requirements/alone.txt
 	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install --no-deps -r requirements/triton.txt
+	@touch $@
+
+$(WHEEL_TOOLS): requirements/wheel.txt | $(BIN)/python
+	$(BIN)/python -m venv $(WHEEL)
+	$(WHEEL)/bin/python -m pip --quiet --quiet install -r $<
+	@touch $@
+
+$(NVCC): requirements/cuda.txt $(WHEEL_TOOLS)
+	@echo "Installing nvcc into $(WHEEL): 105 MB where it is still to be downloaded"
+	$(WHEEL)/bin/python -m pip --quiet --quiet install --no-deps -r $< || { echo "make wheel: there is no nvcc: what \
+	requirements/cuda.txt lists can't be installed here. CUDA_HOME=... names another one, HICL_FAST_CUDA=0 does without"; exit 1; }
 	@touch $@
 
 # The Python part: the source folders are what is imported.

@@ -13,6 +13,7 @@ Environment variables:
     CUDA_HOME         where CUDA is, with bin/nvcc; default: the nvcc on the PATH, else /usr/local/cuda
     CXX               the C++ compiler; default: the first of c++, g++, clang++
     CXXFLAGS          flags added to the compiler's
+    LDFLAGS           flags and files added to the linker's, before the libraries
     MAX_JOBS          compilations at a time; default: one a core
 """
 
@@ -54,6 +55,7 @@ INSTRUCTION_SETS = {
 CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 CUDA_LIBRARIES = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]  # nothing of CUDA is needed to load the extension
 ARCHS = ("80", "90a", "100")
+CUDA_ABOUT = Path("csrc/cuda/about.cpp")
 
 # What the compiler is tried on first: that it runs, knows C++17 and finds Python's and PyTorch's headers.
 PROBE = "#include <Python.h>\n#include <torch/csrc/stable/library.h>\n"
@@ -143,12 +145,21 @@ def gpu_flags(nvcc: str) -> list[str]:
     return [*flags, f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}"]
 
 
+def cuda_build(nvcc: str) -> str:
+    """What the CUDA kernels are built with and for, as the extension tells it: sm_ is machine code, compute_ PTX."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\S+),", said)
+    return " ".join(
+        [f"CUDA {release[1] if release else '?'}:", *(flag.rpartition("code=")[2] for flag in gpu_flags(nvcc))]
+    )
+
+
 def cuda_library_folders(nvcc: str) -> list[str]:
     """Where nvcc's own CUDA lies, which it tells; it may be a link or a script somewhere else."""
     told = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     home = re.search(r"^#\$ TOP=(.*)$", told, re.MULTILINE)
     top = Path(home[1].strip()) if home else Path(nvcc).resolve().parents[1]
-    return [f"-L{folder}" for folder in (top / "lib64", *top.glob("targets/*/lib")) if folder.is_dir()]
+    return [f"-L{folder}" for folder in (top / "lib64", top / "lib", *top.glob("targets/*/lib")) if folder.is_dir()]
 
 
 def torch_folder() -> Path:
@@ -172,6 +183,15 @@ def extensions() -> list[Extension]:
     return [Extension(EXTENSION, [str(path) for path in sources()], py_limited_api=True)]
 
 
+def command_for(source: Path, compile_command: list[str]) -> list[str]:
+    """The compiler and its flags for a source."""
+    if source.suffix == ".cu":
+        nvcc = str(find_nvcc())
+        return [nvcc, *CUDA_FLAGS, *gpu_flags(nvcc)]
+    command = [*compile_command, *(flags_of(source) or [])]
+    return [*command, f'-DHICL_CUDA_BUILD="{cuda_build(str(find_nvcc()))}"'] if source == CUDA_ABOUT else command
+
+
 def run(command: list[str], title: str) -> None:
     sys.stdout.write(f"{title}\n")  # one write: several threads report here
     if subprocess.run(command).returncode != 0:
@@ -189,7 +209,7 @@ class BuildExtension(build_ext):
         if compiler is None:
             raise ExecError("hicl-fast: no C++ compiler found")
         torch = torch_folder()
-        includes = [f"-I{torch / 'include'}", f"-I{sysconfig.get_path('include')}", f"-I{ROOT / 'csrc'}"]
+        includes = [f"-I{torch / 'include'}", f"-I{sysconfig.get_path('include')}", "-Icsrc"]
         compile_command = [*compiler, *COMPILE_FLAGS, *includes, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         failure = self.probe(compile_command)
         if failure:
@@ -198,9 +218,9 @@ class BuildExtension(build_ext):
             return
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             objects = list(pool.map(lambda source: self.compile(compile_command, Path(source)), ext.sources))
-        libraries = TORCH_LIBRARIES
+        libraries = [*shlex.split(os.environ.get("LDFLAGS", "")), *TORCH_LIBRARIES]
         if any(source.endswith(".cu") for source in ext.sources):
-            libraries = [*libraries, *cuda_library_folders(str(find_nvcc())), *CUDA_LIBRARIES]
+            libraries += [*cuda_library_folders(str(find_nvcc())), *CUDA_LIBRARIES]
         target = Path(self.get_ext_fullpath(ext.name))
         self.link([*compiler, f"-L{torch / 'lib'}"], objects, libraries, target)
 
@@ -219,16 +239,18 @@ class BuildExtension(build_ext):
         return complaints[0].strip() if complaints else f"it exits with status {tried.returncode}"
 
     def compile(self, compile_command: list[str], source: Path) -> Path:
+        """Compiles a source where it, or how it is to be compiled, has changed."""
         target = Path(self.build_temp) / source.with_name(f"{source.name}.o")
+        command = [*command_for(source, compile_command), "-c", str(source), "-o", str(target)]
+        how = target.with_suffix(".command")  # so that the objects of other architectures are not taken for these
         prerequisites = [source, ROOT / "setup.py", *source.parent.glob("*.h"), *source.parent.glob("*.cuh")]
         prerequisites += (ROOT / "csrc").glob("*.h")
-        if self.force or not target.exists() or target.stat().st_mtime < max(p.stat().st_mtime for p in prerequisites):
+        is_same = target.exists() and how.exists() and how.read_text() == shlex.join(command)
+        if self.force or not is_same or target.stat().st_mtime < max(p.stat().st_mtime for p in prerequisites):
             target.parent.mkdir(parents=True, exist_ok=True)
-            command = [*compile_command, *(flags_of(source) or [])]
-            if source.suffix == ".cu":
-                nvcc = str(find_nvcc())
-                command = [nvcc, *CUDA_FLAGS, *gpu_flags(nvcc)]
-            run([*command, "-c", str(source), "-o", str(target)], f"compile {source}")
+            how.unlink(missing_ok=True)
+            run(command, f"compile {source}")
+            how.write_text(shlex.join(command))
         return target
 
     def link(self, linker: list[str], objects: list[Path], libraries: list[str], target: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 
 import hicl_fast
 from hicl_fast._command import Parser, command
+from hicl_fast.ops.backends import extension
 
 # How a missing backend is had; beside the reason, which the backend itself gives.
 REMEDIES = {
@@ -40,6 +41,7 @@ def collect() -> dict[str, Any]:
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__} ({_torch_build()})",
         "triton": _version("triton") or "not installed",
+        "compiled_in": extension.compiled(),
         "compiler": _compiler() or "none found",
         "cpu": _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -66,8 +68,13 @@ def render(found: dict[str, Any]) -> str:
 
 
 def _backend(status: hicl_fast.BackendStatus) -> dict[str, Any]:
-    remedy = "" if status.available else REMEDIES[status.name]
-    return {**dataclasses.asdict(status), "remedy": remedy}
+    return {**dataclasses.asdict(status), "remedy": "" if status.available else _remedy(status.name)}
+
+
+def _remedy(backend: str) -> str:
+    if backend == "cuda" and extension.cuda_kernels():
+        return "an NVIDIA GPU from sm_80 on and PyTorch for CUDA; the kernels are compiled in, nvcc isn't needed"
+    return REMEDIES[backend]
 
 
 def _torch_build() -> str:

@@ -30,6 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "gpu": "" if device.IS_HERE else "needs a GPU",
         "triton": "" if has_triton else "needs Triton",
         "interpret": "" if has_triton and INTERPRETING else "needs Triton and TRITON_INTERPRET=1: make test-interpret",
+        "wheel": "" if os.environ.get("HICL_FAST_WHEEL") else "needs the wheel of `make wheel`: make test-wheel",
     }
     for item in items:
         for marker, hindrance in hindrances.items():
