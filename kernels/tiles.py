@@ -55,7 +55,7 @@ NARROW = "narrow"  # statistics by column, slopes
 LISTED = "listed"  # exp and statistics with lists of columns that are left out
 HARD_NEGATIVES = "hard negatives"  # each row keeps its best keys beside it
 PARADIGM = "paradigm"  # the gradient paradigm's statistics and weights
-PARADIGM_COLUMNS = "paradigm by column"  # its statistics by row and by column
+PARADIGM_COLUMNS = "paradigm columns"  # its statistics by row and by column
 PRODUCT = "product"  # of float32, in every digit
 USES = (
     *(EXP, HEAVY_EXP, STATISTICS, RULED, NARROW, LISTED),
@@ -77,7 +77,7 @@ class Entry(NamedTuple):
     measured: str = "not timed"
 
 
-COLUMNS = ("arch", "operand", "use", "tile", "warps", "stages", "band", "registers", "how", "measured")
+COLUMNS = ("arch", "operand", "use", "tile", "warps", "stages", "band", "regs", "how", "measured")
 
 
 def read_table(text: str) -> dict[Case, Entry]:
@@ -88,7 +88,7 @@ def read_table(text: str) -> dict[Case, Entry]:
 
 def _read_line(cells: list[str]) -> tuple[Case, Entry]:
     arch, operand, use, shape, num_warps, num_stages, band, registers, how, measured = cells
-    rows, cols, depth = (int(size) for size in shape.split(" × "))
+    rows, cols, depth = (int(size) for size in shape.split("×"))
     tile = Tile(
         rows,
         cols,
