@@ -86,6 +86,7 @@ def test_what_is_wrong_is_not_timed(
     assert [row.get("failed", False) for row in in_use] == [True, True, False]
 
 
+@pytest.mark.interpret
 def test_what_is_not_written_is_not_right() -> None:
     """A launch that leaves everything as it was isn't taken for the one before it."""
     query, key = torch.randn(20, 32), torch.randn(30, 32)
