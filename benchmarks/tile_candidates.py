@@ -60,18 +60,21 @@ WITHOUT_DESCRIPTORS = (PARADIGM, PARADIGM_COLUMNS, PRODUCT)  # kernels that load
 
 def candidates(use: str, arch: str, operand: str, now: Tile) -> list[Tile]:
     """The tile in use, and others; each once."""
-    if arch == "interpreter":
-        others = INTERPRETED
-    elif operand == "fp32":
-        others = MULTIPLIED
-    elif use == HARD_NEGATIVES:
-        others = SEARCHED
-    elif use in (EXP, STATISTICS):
-        others = WIDE
-    else:
-        others = NARROWEST if use == RULED else NARROWER
     can_describe = copies_blocks(arch) and use not in WITHOUT_DESCRIPTORS
-    return list(dict.fromkeys([now, *(_run_as(tile, use, operand, can_describe) for tile in others)]))
+    others = (_run_as(tile, use, operand, can_describe) for tile in _others(use, arch, operand))
+    return list(dict.fromkeys([now, *others]))
+
+
+def _others(use: str, arch: str, operand: str) -> tuple[Tile, ...]:
+    if arch == "interpreter":
+        return INTERPRETED
+    if operand == "fp32":
+        return MULTIPLIED
+    if use == HARD_NEGATIVES:
+        return SEARCHED
+    if use in (EXP, STATISTICS):
+        return WIDE
+    return NARROWEST if use == RULED else NARROWER
 
 
 def copies_blocks(arch: str) -> bool:

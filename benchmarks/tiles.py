@@ -91,12 +91,18 @@ class Plan:
         arch = architecture(self.place)
         now, *others = candidates(self.use, arch, self.trial.operand, self.trial.now)
         self.tiles = {AS_IT_IS: now, AGAIN: now, **{name_of(tile): tile for tile in others}}
-        about = {"use": self.use, "arch": arch, "operand": self.trial.operand, "aligned": self.trial.aligned}
+        about: dict[str, object] = {
+            "use": self.use,
+            "arch": arch,
+            "operand": self.trial.operand,
+            "aligned": self.trial.aligned,
+        }
         about["size"] = list(self.trial.size)
-        tiles: dict[str, dict[str, object]] = {name: {"tile": asdict(tile)} for name, tile in self.tiles.items()}
+        of_rows: dict[str, dict[str, object]] = {PRODUCT_ALONE: {}}
+        of_rows |= {name: {"tile": asdict(tile)} for name, tile in self.tiles.items()}
         self.rows = {
-            name: self.results.start(self.trial.size[0], f"{self.use}: {name}", **about, **tile)
-            for name, tile in ({PRODUCT_ALONE: {}} | tiles).items()
+            name: self.results.start(self.trial.size[0], f"{self.use}: {name}", **about, **of_row)
+            for name, of_row in of_rows.items()
         }
         self.steps: dict[str, Step] = {PRODUCT_ALONE: self.trial.product}
 
@@ -128,7 +134,8 @@ def compile_all(plans: list[Plan], place: torch.device) -> None:
         with contextlib.suppress(Exception), _on(place):
             trial.step(tile)()
 
-    kernels = [(plan.trial, tile) for plan in plans for tile in dict.fromkeys(plan.tiles.values())]
+    first, *kernels = ((plan.trial, tile) for plan in plans for tile in dict.fromkeys(plan.tiles.values()))
+    launch(*first)  # by itself: what Triton makes ready for a process is not made for several threads
     # The interpreter can't be shared.
     workers = min(MOST_COMPILERS, os.cpu_count() or 1) if place.type == "cuda" else 1
     with ThreadPoolExecutor(workers) as pool:
