@@ -95,7 +95,7 @@ sanitize: $(LINKED) ## run csrc/cpu's tests under the address and undefined-beha
 cuda-check: $(INSTALLED) ## compile the CUDA kernels for every GPU, without one, and print registers, shared memory and spills
 	$(BIN)/python tools/check_cuda.py $(ARGS)
 
-gpu-first: ## on a machine with a GPU, what to run first: 4 minutes, into $OUT (build/gpu-first); ARGS=--rehearse without one
+gpu-first: ## on a machine with a GPU, what to run first: 150 s, into $OUT (build/gpu-first); ARGS=--rehearse without one
 	$(PYTHON) -m tools.gpu_first $(ARGS)
 
 gpu-check: ## on a machine with a GPU: tests, benchmark, sanitizer, into $OUT (build/gpu-check); uses PYTHON's own PyTorch

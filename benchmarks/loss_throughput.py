@@ -7,8 +7,9 @@
 
 Every candidate is checked against the float64 reference before it is timed. `x limit` is its time over that of the three
 matrix products S = Q Kᵀ, S K, Sᵀ Q with PyTorch's BLAS, below which no exact method gets without lower precision; for the
-symmetric loss, which needs S twice, over four. `memory` is what a step holds beyond its inputs; the gradients are in it.
-`GPU ms` is how long a GPU works on a step, the gaps between its kernels left out.
+symmetric loss, which needs S twice, over four. A loss that isn't InfoNCE, which is said beside its name, is set against
+neither. `memory` is what a step holds beyond its inputs; the gradients are in it. `GPU ms` is how long a GPU works on a step,
+the gaps between its kernels left out.
 """
 
 from __future__ import annotations
@@ -105,22 +106,25 @@ def measure_batch(args: argparse.Namespace, n: int, device: torch.device, dtype:
             steps[name] = step
 
     def ratio_to_limit(name: str, seconds: float) -> float | None:
+        if name in of_other_losses:
+            return None
         limit = SYMMETRIC_LIMIT if name == SYMMETRIC_LIMIT or is_symmetric.get(name) else LIMIT
         there = seconds if name == limit else rows[limit].get("median")
         return seconds / there if there else None
 
     candidates = list(choose_rivals(args, dtype))
-    is_symmetric = {rival.name: rival.symmetric for rival in candidates}
+    is_symmetric = {rival.title: rival.symmetric for rival in candidates}
+    of_other_losses = {rival.title for rival in candidates if rival.other_loss}
     for name, products in ((LIMIT, 3), (SYMMETRIC_LIMIT, 4)):
         rows[name] = results.start(n, name)
         try_once(name, limit_step(batch, products))
     for rival in tqdm(candidates, desc=f"N = {n}: checking", leave=False, file=sys.stderr):
-        row = rows[rival.name] = results.start(n, rival.name)
+        row = rows[rival.title] = results.start(n, rival.title)
         with results.attempt(row, ours=rival.ours):
             loss = ready(rival, batch)
-            check_time(args.longest_step, rival.name, n, before)
+            check_time(args.longest_step, rival.title, n, before)
             results.note(row, error=check(rival, loss, batch))
-            try_once(rival.name, gradient_step(loss, batch.query, batch.key))
+            try_once(rival.title, gradient_step(loss, batch.query, batch.key))
     memory = {name: peak_bytes(step, device) for name, step in steps.items()}
     timings = time_in_turn(steps, args.seconds, device, f"N = {n}: timing")
     for name, timing in timings.items():  # the limits first: what the others are compared with
@@ -181,10 +185,11 @@ def check(rival: Rival, loss: Loss, batch: Batch) -> float:
         loss = rival.make(head)
     got = loss_and_gradients(loss, head.query, head.key)
 
-    def oracle(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    def info_nce(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return reference.info_nce(q, k, temperature=batch.temperature, symmetric=rival.symmetric)
 
-    expected = loss_and_gradients(oracle, head.query.double(), head.key.double())
+    exact = rival.exact(head) if rival.exact else info_nce
+    expected = loss_and_gradients(exact, head.query.double(), head.key.double())
     error = max(float((g.double() - e).norm() / e.norm()) for g, e in zip(got, expected, strict=True))
     tolerance = BF16_OPERANDS_TOLERANCE if rival.name.endswith("bf16") else TOLERANCE[batch.query.dtype]
     if not error <= tolerance:

@@ -39,24 +39,30 @@ class Timing:
     rounds: int
 
 
-def time_in_turn(steps: dict[str, Step], seconds: float, device: torch.device, title: str) -> dict[str, Timing]:
+def time_in_turn(
+    steps: dict[str, Step], seconds: float, device: torch.device, title: str, before: Step | None = None
+) -> dict[str, Timing]:
     """Every step once a round, round after round, so that a drift of the machine's speed touches all alike.
 
-    Rounds go on until ``seconds`` are used up: at least 3, at most 200.
+    Rounds go on until ``seconds`` are used up: at least 3, at most 200. ``before`` is run before each step, and not timed.
     """
     for step in steps.values():  # warm-up
         step()
         step()
-    one_round = sum(duration(step, device) for step in steps.values())
-    rounds = int(min(200, max(3, seconds / max(one_round, 1e-6))))
+    begin = time.perf_counter()
+    for step in steps.values():
+        duration(step, device, before)
+    rounds = int(min(200, max(3, seconds / (time.perf_counter() - begin))))
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for _ in tqdm(range(rounds), desc=title, leave=False, file=sys.stderr):
         for name, step in steps.items():
-            taken[name].append(duration(step, device))
+            taken[name].append(duration(step, device, before))
     return {name: Timing(statistics.median(s), min(s), max(s), rounds) for name, s in taken.items()}
 
 
-def duration(step: Step, device: torch.device) -> float:
+def duration(step: Step, device: torch.device, before: Step | None = None) -> float:
+    if before is not None:
+        before()
     if device.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -139,10 +139,11 @@ def print_about(about: dict[str, Any]) -> None:
 def table(rows: list[Row], ratio: str) -> str:
     """``ratio`` names what a row's ratio is of."""
     has_gpu = any(row.get("gpu") for row in rows)
-    lines = [f"\n{'N':>7}  {'':32}{'ms':>10}  {'fastest–slowest':>19}{ratio:>9}{'memory MB':>11}{'error':>9}"]
+    width = max(32, *(len(row["name"]) + 2 for row in rows))
+    lines = [f"\n{'N':>7}  {'':{width}}{'ms':>10}  {'fastest–slowest':>19}{ratio:>9}{'memory MB':>11}{'error':>9}"]
     lines[0] += f"{'GPU ms':>10}" if has_gpu else ""
     for row in sorted(rows, key=lambda row: row.get("median", float("inf"))):
-        head = f"{row['batch']:>7}  {row['name']:32}"
+        head = f"{row['batch']:>7}  {row['name']:{width}}"
         if "skipped" in row:
             lines.append(f"{head}skipped: {row['skipped']}")
             continue

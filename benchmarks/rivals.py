@@ -1,4 +1,4 @@
-"""Everything that computes the same loss, one small function each.
+"""Everything that computes the same loss, or in the same way another one, one small function each.
 
 A rival is made for one batch and gives back ``loss(query, key) -> Tensor``. Making it raises :class:`Missing` with the
 reason where it can't run.
@@ -44,6 +44,14 @@ class Rival:
     gpu_only: bool = False
     symmetric: bool = False
     ours: bool = False  # this library's: where it fails, the benchmark does
+    other_loss: str = (
+        ""  # what it computes where that isn't InfoNCE: said beside its name, and not set against the limit
+    )
+    exact: Callable[[Batch], Loss] | None = None  # that loss in plain PyTorch, which it is checked against
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}: {self.other_loss}" if self.other_loss else self.name
 
     def estimated_bytes(self, n: int, d: int) -> float:
         return n * n * (self.bytes_per_pair + d * self.bytes_per_pair_and_dim + n * self.bytes_per_triple)
@@ -167,6 +175,37 @@ def _quack(batch: Batch) -> Loss:
     return lambda q, k: function(F.normalize(q) / batch.temperature, F.normalize(k), batch.labels)
 
 
+def _memeff(batch: Batch) -> Loss:
+    """Its one-directional loss, with no limit to negatives' similarities and gradients of their true length."""
+    return _module("memeff").MemoryEfficientQwen3Loss(temperature=batch.temperature, margin=2.0, stable=False)
+
+
+def _memeff_clip(batch: Batch) -> Loss:
+    """Symmetric."""
+    return _module("memeff").MemoryEfficientCLIPLoss(temperature=batch.temperature, stable=False)
+
+
+SIGMOID_BIAS = -10.0  # as training starts with
+
+
+def _siglip(batch: Batch) -> Loss:
+    function = _module("siglip_kernel").fused_siglip_loss
+    scale = torch.tensor(1 / batch.temperature, device=batch.query.device)
+    bias = torch.tensor(SIGMOID_BIAS, device=batch.query.device)
+    return lambda q, k: function(F.normalize(q), F.normalize(k), scale.log(), bias)
+
+
+def _sigmoid_loss(batch: Batch) -> Loss:
+    """Every pair decided by itself: Σ −log σ(±logit) / N, + where query and key belong together."""
+
+    def loss(query: Tensor, key: Tensor) -> Tensor:
+        logits = F.normalize(query) @ F.normalize(key).T / batch.temperature + SIGMOID_BIAS
+        sign = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
+        return -F.logsigmoid(sign * logits).sum() / len(logits)
+
+    return loss
+
+
 RIVALS = (
     Rival("eager", _eager, bytes_per_pair=16),
     Rival("torch.compile", _compiled, bytes_per_pair=16),
@@ -179,4 +218,7 @@ RIVALS = (
     Rival("cut-cross-entropy", _cut_cross_entropy, gpu_only=True),
     Rival("liger-kernel", _liger, gpu_only=True),
     Rival("quack", _quack, gpu_only=True),
+    Rival("memeff", _memeff, gpu_only=True),
+    Rival("memeff-clip", _memeff_clip, gpu_only=True, symmetric=True),
+    Rival("siglip-kernel", _siglip, gpu_only=True, other_loss="sigmoid loss", exact=_sigmoid_loss),
 )

@@ -1,152 +1,153 @@
-"""Times the first product's kernel, exp(similarities), under each tile that might suit a GPU, one after another.
+"""Times every kernel that takes a tile from kernels/tiles.py under each tile that might suit a GPU, one after another.
 
     python benchmarks/tiles.py --device cuda --dtype bfloat16 --json tiles.json
+    python benchmarks/tiles.py --device cuda --uses exp statistics
+    python -m tools.apply_tiles tiles.json
 
-`x limit` is a tile's time over that of the product alone, with PyTorch's BLAS. Every tile's exponentials are checked
-against float64 before it is timed. What is fastest belongs into kernels/tiles.py. Without a GPU, TRITON_INTERPRET=1 runs
-it in Triton's interpreter, whose times say nothing.
+A use of tiles is timed as what it launches: the symmetric loss's (narrow), several positives' (ruled) and lists' (listed)
+are two sweeps, the gradient paradigm's statistics and weights. `x BLAS` is that time over the product's alone, with
+PyTorch's BLAS. The tile in use is timed twice: what the two differ by is noise. All results are checked against float64
+before they are timed, and all kernels are compiled before that, side by side. Without a GPU, TRITON_INTERPRET=1 runs it in
+Triton's interpreter, whose times say nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
 
-from hicl_fast import reference
 from hicl_fast._command import Parser, command, device, needs, positive, whole
-from hicl_fast.ops.common.constants import NORM_FLOOR, Special
-from hicl_fast.ops.info_nce.problem import KindOfColumn
 
 with needs("triton", __name__):
-    from hicl_fast.kernels import info_nce
-    from hicl_fast.kernels.cosine_tile import Similarities, tile_for
-    from hicl_fast.kernels.rows import Rows
-    from hicl_fast.kernels.tiles import EXP, Tile
+    from hicl_fast.kernels.device import architecture
+    from hicl_fast.kernels.tiles import USES, Tile
 
-    from hicl_fast.ops.common.row_kernels import row_kernels
+    from hicl_fast.ops.common.triton import on_device
 
 with needs("bench", __name__):
     from inputs import embeddings
-    from measure import Step, gpu_seconds, machine, peak_bytes, time_in_turn
-    from report import Results, Row, Wrong, add_output_options, exit_status, print_about, table
+    from measure import Step, machine, time_in_turn
+    from report import Results, Row, add_output_options, exit_status, print_about, table
+    from tile_candidates import candidates, name_of
+    from tile_trials import STORED_TOLERANCE, TRIALS, Trial, error_of
     from tqdm import tqdm
 
-SCALE = 20.0
-LIMIT = "limit: the product"
-CHECKED_ROWS = 256
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+AS_IT_IS, AGAIN, PRODUCT_ALONE = "as it is", "as it is, again", "product alone"
+MOST_COMPILERS = 15  # at a time; a kernel takes a second of one core, a fifth of it with Python's lock held
 
 
 @command("triton")
 def main(argv: list[str] | None = None) -> list[Row]:
     args = parse(argv)
     place, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    about = machine(place) | {"dim": args.dim, "dtype": args.dtype, "columns": args.columns}
+    about = machine(place) | {"dim": args.dim, "dtype": args.dtype, "precision": args.precision}
     print_about(about)
     results = Results(about, args.json)
     query, key = (x.to(dtype) for x in embeddings(max(args.rows, args.columns), args.dim, place))
-    measure(query[: args.rows], key[: args.columns], args.seconds, results)
-    print(table(results.rows, "x limit"), flush=True)
+    with on_device(query):
+        trials = {use: TRIALS[use](use, query[: args.rows], key[: args.columns], args.precision) for use in args.uses}
+        plans = [Plan(use, trial, place, results) for use, trial in trials.items()]
+        compile_all(plans, place)
+        for plan in plans:
+            plan.check()
+            plan.time(args.seconds / len(plans))
+            print(table(list(plan.rows.values()), "x BLAS"), flush=True)
     return results.rows
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--uses", nargs="+", choices=USES, default=USES, metavar="USE", help="; ".join(USES))
     parser.add_argument("--rows", type=whole(1), default=8192)
-    parser.add_argument("--columns", type=whole(1), default=16384)
+    parser.add_argument("--columns", type=whole(2), default=16384)
     parser.add_argument("--dim", type=whole(1), default=768)
     parser.add_argument("--device", type=device, default="cuda")
-    parser.add_argument("--dtype", choices=[str(t).removeprefix("torch.") for t in TOLERANCE], default="bfloat16")
-    parser.add_argument("--seconds", type=positive, default=8.0, help="of timing, for all tiles together")
+    parser.add_argument(
+        "--dtype", choices=[str(t).removeprefix("torch.") for t in STORED_TOLERANCE], default="bfloat16"
+    )
+    parser.add_argument("--precision", choices=["ieee", "tf32"], default="ieee", help="of float32 products")
+    parser.add_argument("--seconds", type=positive, default=8.0, help="of timing, for all uses together")
     add_output_options(parser, plots=False)
     return parser.parse_args(argv)
 
 
-def measure(query: Tensor, key: Tensor, seconds: float, results: Results) -> None:
-    device, (num_rows, num_cols) = query.device, (query.shape[0], key.shape[0])
-    rows, keys, columns, offset, out = operands(query, key)
-    scale = torch.full((1,), SCALE, device=device)
+@dataclass
+class Plan:
+    """A use's candidates, their rows and, once they are checked, what is timed."""
 
-    def step_of(tile: Tile) -> Step:
-        sums = torch.empty(len(info_nce.EXP_PLANES), -(-num_cols // tile.cols), num_rows, device=device)
-        similarities = Similarities(rows, keys, columns, slice(0, num_rows), tile, "ieee")
-        return lambda: info_nce.exp_similarities(
-            similarities, scale, offset, out, sums, amplitude=1.0, wants_dot=False
-        )  # fmt: skip
+    use: str
+    trial: Trial
+    place: torch.device
+    results: Results
 
-    now = tile_for([rows.operand, keys.operand], "ieee", EXP)
-    candidates = {"as it is": now, **others(now)}
-    product = torch.empty(num_rows, num_cols, dtype=query.dtype, device=device)
-    steps: dict[str, Step] = {LIMIT: lambda: torch.mm(query, key.T, out=product)}
-    row_of = {LIMIT: results.start(num_rows, LIMIT)}
-    for name, tile in tqdm(candidates.items(), desc="checking", leave=False, file=sys.stderr):
-        row = row_of[name] = results.start(num_rows, name, tile=asdict(tile))
-        # A tile that the device has no room for is no failure, but the one in use is.
-        with results.attempt(row, ours=tile is now):
-            step = step_of(tile)
-            step()
-            results.note(row, error=check(query, key, out))
-            steps[name] = step
-    memory = {name: peak_bytes(step, device) for name, step in steps.items()}
-    timings = time_in_turn(steps, seconds, device, "timing")
-    for name, timing in timings.items():
-        ratio = timing.median / timings[LIMIT].median
-        results.note(row_of[name], **asdict(timing), memory=memory[name], ratio=ratio, gpu=None)
-    for name, step in steps.items():
-        results.note(row_of[name], gpu=gpu_seconds(step, device))
+    def __post_init__(self) -> None:
+        arch = architecture(self.place)
+        now, *others = candidates(self.use, arch, self.trial.operand, self.trial.now)
+        self.tiles = {AS_IT_IS: now, AGAIN: now, **{name_of(tile): tile for tile in others}}
+        about: dict[str, object] = {
+            "use": self.use,
+            "arch": arch,
+            "operand": self.trial.operand,
+            "aligned": self.trial.aligned,
+        }
+        about["size"] = list(self.trial.size)
+        of_rows: dict[str, dict[str, object]] = {PRODUCT_ALONE: {}}
+        of_rows |= {name: {"tile": asdict(tile)} for name, tile in self.tiles.items()}
+        self.rows = {
+            name: self.results.start(self.trial.size[0], f"{self.use}: {name}", **about, **of_row)
+            for name, of_row in of_rows.items()
+        }
+        self.steps: dict[str, Step] = {PRODUCT_ALONE: self.trial.product}
 
+    def check(self) -> None:
+        for name, tile in tqdm(self.tiles.items(), desc=f"{self.use}: checking", leave=False, file=sys.stderr):
+            # A tile that the device has no room for is no failure, but the one in use is.
+            with self.results.attempt(self.rows[name], ours=tile == self.trial.now):
+                step = self.trial.step(tile)
+                step()
+                self.results.note(self.rows[name], error=error_of(self.trial.found()))
+                self.steps[name] = step
 
-def others(now: Tile) -> dict[str, Tile]:
-    """Variations of the tile in use: of how it is run, and of its shape."""
-    depth = now.depth
-    plain = replace(now, persistent=False, described=False)
-    shapes = {
-        f"{rows} × {cols}, {num_warps} warps": replace(plain, rows=rows, cols=cols, num_warps=num_warps, num_stages=3)
-        for rows, cols, num_warps in ((128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 128, 4), (128, 64, 4))
-    }
-    described = {f"{name}, described": replace(tile, described=True) for name, tile in shapes.items() if now.described}
-    return {
-        "a program a tile": replace(now, persistent=False),
-        "a program a multiprocessor": replace(now, persistent=True),
-        "2 stages": replace(now, num_stages=2),
-        "4 stages": replace(now, num_stages=4),
-        "band of 4": replace(now, band=4),
-        "band of 16": replace(now, band=16),
-        "half the depth, twice the stages": replace(now, depth=max(16, depth // 2), num_stages=2 * now.num_stages),
-        "128 registers": replace(plain, rows=128, cols=128, num_warps=8, max_registers=128),
-        **shapes,
-        **described,
-    }
+    def time(self, seconds: float) -> None:
+        timings = time_in_turn(self.steps, seconds, self.place, f"{self.use}: timing", self.keep_busy)
+        for name, timing in timings.items():
+            ratio = timing.median / timings[PRODUCT_ALONE].median
+            self.results.note(self.rows[name], **asdict(timing), memory=None, ratio=ratio)
+
+    def keep_busy(self) -> None:
+        """Work for the GPU, so that launches come before it needs them and their time isn't a kernel's."""
+        self.trial.product()
+        self.trial.product()
 
 
-def operands(query: Tensor, key: Tensor) -> tuple[Rows, Rows, KindOfColumn, Tensor, Tensor]:
-    """What the kernel takes: rows, keys, their rule that positives are left out, offsets (R,) and a buffer (R, C)."""
-    normalise = row_kernels(query.device).normalise
-    target = torch.arange(query.shape[0], device=query.device)
-    columns = KindOfColumn("key", key, wants_gradient=False, special=Special.POSITIVE, special_column=target)
-    offset = torch.full((query.shape[0],), SCALE, device=query.device)
-    out = torch.empty(query.shape[0], key.shape[0], dtype=query.dtype, device=query.device)
-    return normalise(query, NORM_FLOOR), normalise(key, NORM_FLOOR), columns, offset, out
+def compile_all(plans: list[Plan], place: torch.device) -> None:
+    """Launches everything once. What goes wrong does so again where it is checked, and is said there."""
+
+    def launch(trial: Trial, tile: Tile) -> None:
+        with contextlib.suppress(Exception), _on(place):
+            trial.step(tile)()
+
+    first, *kernels = ((plan.trial, tile) for plan in plans for tile in dict.fromkeys(plan.tiles.values()))
+    launch(*first)  # by itself: what Triton makes ready for a process is not made for several threads
+    # The interpreter can't be shared.
+    workers = min(MOST_COMPILERS, os.cpu_count() or 1) if place.type == "cuda" else 1
+    with ThreadPoolExecutor(workers) as pool:
+        done = pool.map(launch, *zip(*kernels, strict=True))
+        list(tqdm(done, total=len(kernels), desc="compiling", leave=False, file=sys.stderr))
 
 
-def check(query: Tensor, key: Tensor, got: Tensor) -> float:
-    """The relative error, in norm, of the first rows' exponentials.
-
-    Raises:
-        Wrong: it is larger than the type allows.
-    """
-    few = query[:CHECKED_ROWS].double()
-    exact = (SCALE * (reference.normalise(few) @ reference.normalise(key.double()).T - 1)).exp()
-    exact.diagonal().zero_()  # the positives
-    error = float((got[: len(few)].double() - exact).norm() / exact.norm())
-    tolerance = TOLERANCE[query.dtype]
-    if not error <= tolerance:
-        raise Wrong(f"relative error {error:.1e} against float64, {tolerance:.0e} is allowed")
-    return error
+@contextlib.contextmanager
+def _on(place: torch.device) -> Iterator[None]:
+    """Which device is current is a thread's own."""
+    with torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
+        yield
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ columns. So whatever the order of the comparisons, the result is the same.
 """
 
 # ruff: noqa: N803
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,10 +19,10 @@ from hicl_fast.kernels.cosine_tile import (
     same_group,
     similarities,
     special_columns,
+    tile_for,
 )
-from hicl_fast.kernels.device import architecture, operand_of
 from hicl_fast.kernels.rows import Rows
-from hicl_fast.kernels.tiles import STATISTICS, Tile, similarity_tile
+from hicl_fast.kernels.tiles import HARD_NEGATIVES, Tile, similarity_tile
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -37,17 +38,13 @@ def kept(k: int) -> int:
     return max(FEWEST_KEPT, 1 << (k - 1).bit_length())
 
 
-def hard_negatives_tile(arch: str, operand: str, k: int) -> Tile:
-    """The tile where each row keeps k keys beside it: fewer rows for more keys, so that all stays in registers."""
-    tile = similarity_tile(arch, operand, STATISTICS)
-    rows = 32 if kept(k) <= 64 else 16
-    return Tile(
-        min(rows, tile.rows),
-        min(tile.cols, 64),
-        tile.depth,
-        num_warps=min(tile.num_warps, 4),
-        num_stages=min(tile.num_stages, 2),
-    )
+def hard_negatives_tile(arch: str, operand: str, k: int, can_describe: bool = False) -> Tile:
+    """The tile where each row keeps k keys beside it: fewer rows for many keys, so that all stays in registers."""
+    return for_many(similarity_tile(arch, operand, HARD_NEGATIVES, can_describe), k)
+
+
+def for_many(tile: Tile, k: int) -> Tile:
+    return tile if kept(k) <= 64 else replace(tile, rows=min(16, tile.rows))
 
 
 @triton.jit
@@ -127,10 +124,11 @@ def hardest(
     columns: "KindOfColumn",  # the keys' rules
     k: int,
     precision: str,
+    tile: Tile | None = None,  # None: the table's
 ) -> Tensor:  # (N, k) int64
     """Each row's k largest keys, falling."""
     num_rows, num_kept = query.x.shape[0], kept(k)
-    tile = hard_negatives_tile(architecture(query.x.device), operand_of(query.x, precision), k)
+    tile = for_many(tile or tile_for([query.operand, key.operand], precision, HARD_NEGATIVES), k)
     row_tiles, col_tiles = triton.cdiv(num_rows, tile.rows), triton.cdiv(key.x.shape[0], tile.cols)
     tiles_per_part = min(col_tiles, max(_FEWEST_TILES, triton.cdiv(col_tiles * row_tiles, _PROGRAMS)))
     parts = triton.cdiv(col_tiles, tiles_per_part)

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 from hicl_fast.kernels.device import architecture
-from hicl_fast.kernels.tiles import STATISTICS, similarity_tile
+from hicl_fast.kernels.tiles import PRODUCT, Tile, similarity_tile
 from torch import Tensor
 
 
@@ -51,15 +51,15 @@ def product_kernel(
     tl.store(out_at, total, mask=inside)
 
 
-def product(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor, onto: Tensor | None = None, tile: Tile | None = None) -> Tensor:
     """``a @ b``, (R, K), (K, C) -> (R, C), float32 in every digit; added to ``onto`` in place if that is given.
 
-    Any strides, so that either may be a transposed view.
+    Any strides, so that either may be a transposed view. ``tile`` stands in for the table's.
     """
     num_rows, num_cols, depth = a.shape[0], b.shape[1], a.shape[1]
     out = torch.empty(num_rows, num_cols, dtype=torch.float32, device=a.device) if onto is None else onto
     if out.numel():
-        tile = similarity_tile(architecture(a.device), "fp32", STATISTICS)
+        tile = tile or similarity_tile(architecture(a.device), "fp32", PRODUCT)
         grid = (triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_cols, tile.cols),)
         product_kernel[grid](
             a, b, out, num_rows, num_cols, depth, *a.stride(), *b.stride(), *out.stride(),

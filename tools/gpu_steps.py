@@ -7,6 +7,7 @@ What is known is written as it comes: the log line by line, the summary after ev
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -20,6 +21,7 @@ import threading
 import time
 import venv
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
@@ -93,14 +95,16 @@ def main(name: str, about: str | None, total_seconds: float, plan: Callable[[Pat
     )
     parser.add_argument("--rehearse", action="store_true", help="run every step on the CPU, in small")
     rehearsing = parser.parse_args().rehearse
-    gpu = "the CPU, as a rehearsal" if rehearsing else find_gpu(name)
+    make_environment()
+    with ThreadPoolExecutor() as beside:  # both import PyTorch first
+        beside.submit(has_extension)
+        gpu = "the CPU, as a rehearsal" if rehearsing else find_gpu(name)
     if not gpu:
         return NO_GPU
     # Where a shell started this in the background the interrupt is ignored, and would be by all that is started here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     out = Path(os.environ.get("OUT") or ROOT / "build" / name).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    make_environment()
     planned = plan(out, rehearsing)
     if rehearsing:  # wherever that is, it is slower
         total_seconds *= REHEARSAL_SLOWNESS
@@ -240,6 +244,7 @@ def build(seconds: float) -> Plan:
     ]
 
 
+@functools.cache
 def has_extension() -> bool:
     """Whether the extension is there, built from the sources as they are, loads, and has CUDA kernels if nvcc is there."""
     setup = runpy.run_path(str(ROOT / "setup.py"), run_name="build")
@@ -275,12 +280,12 @@ def info() -> Step:
     return Step("info", [str(PYTHON), "-m", "hicl_fast.info"], 40, kept_free=10)
 
 
-def tests(seconds: float, kept_free: float, rehearsing: bool) -> Step:
-    """tests/gpu, in one run: starting takes a worker a quarter of a minute, and is paid once.
+def tests(path: str, seconds: float, kept_free: float, rehearsing: bool) -> Step:
+    """Tests of tests/gpu, in one run: starting takes a worker a quarter of a minute, and is paid once.
 
     After an access out of bounds nothing of CUDA works in its process any more: that fails the rest of one worker's tests.
     """
-    return Step("tests", pytest_command("tests/gpu", rehearsing=rehearsing), seconds, kept_free)
+    return Step("tests", pytest_command(path, rehearsing=rehearsing), seconds, kept_free)
 
 
 def pytest_command(*arguments: str, rehearsing: bool, in_parallel: bool = True) -> list[str]:
@@ -316,7 +321,7 @@ REHEARSED = {
     "loss_throughput": "--batch-sizes 8 16 --rivals eager",
     "hard_negatives": "--batch-sizes 16 -k 3 --num-mixed 4 --rivals none",
     "segment_pool": "--num-segments 64",
-    "tiles": "--rows 40 --columns 100",
+    "tiles": "--rows 33 --columns 40 --uses exp narrow product",
     "launches": "--batch-sizes 8 --variants plain --seconds 0.1",
 }
 

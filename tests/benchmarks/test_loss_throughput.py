@@ -14,6 +14,8 @@ import rivals
 import torch
 from torch import Tensor
 
+from hicl_fast import reference
+
 SMALL = ["--batch-sizes", "8", "33", "--dim", "24", "--seconds", "0.2", "--device", "cpu"]
 
 
@@ -58,7 +60,7 @@ def test_a_rival_too_large_for_memory_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_rivals_on_gpus_are_called_as_they_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With functions that have the arguments of inf-cl 1.2.1 and cut-cross-entropy 25.1.1 in their places."""
+    """With what has the arguments of inf-cl 1.2.1, cut-cross-entropy 25.1.1, memeff 0.3.1 and siglip-kernel 0.1.2."""
 
     def cal_flash_loss(q: Tensor, k: Tensor, labels: None = None, scale: float = 1.0, head_dim: int = 256) -> Tensor:
         q, k = (x.view(len(x), -1, head_dim).flatten(1) for x in (scale * q, k))
@@ -70,15 +72,53 @@ def test_rivals_on_gpus_are_called_as_they_ask(monkeypatch: pytest.MonkeyPatch) 
         assert filter_eps is None and impl == "cce"
         return torch.nn.functional.cross_entropy(e @ c.T, targets)
 
+    class Memeff:
+        def __init__(self, temperature: float = 0.07, margin: float = 0.1, stable: bool = True) -> None:
+            self.temperature, self.factor = temperature, 2.0 if stable else 1.0  # of its gradients, unless told
+            assert margin >= 2  # beyond which no negative is left out
+
+        def __call__(self, query: Tensor, key: Tensor) -> Tensor:
+            return self.factor * reference.info_nce(query, key, temperature=self.temperature)
+
+    class MemeffClip(Memeff):
+        def __init__(self, temperature: float = 0.07, stable: bool = True) -> None:
+            super().__init__(temperature, 2.0, stable)
+
+        def __call__(self, query: Tensor, key: Tensor) -> Tensor:
+            return self.factor * reference.info_nce(query, key, temperature=self.temperature, symmetric=True)
+
+    def fused_siglip_loss(img: Tensor, txt: Tensor, log_temperature: Tensor, bias: Tensor) -> Tensor:
+        logits = img @ txt.T * log_temperature.exp() + bias
+        targets = torch.eye(len(img))
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(img)
+
+    memeff = SimpleNamespace(MemoryEfficientQwen3Loss=Memeff, MemoryEfficientCLIPLoss=MemeffClip)
+    monkeypatch.setitem(sys.modules, "memeff", memeff)
+    monkeypatch.setitem(sys.modules, "siglip_kernel", SimpleNamespace(fused_siglip_loss=fused_siglip_loss))
     monkeypatch.setitem(sys.modules, "inf_cl", SimpleNamespace(cal_flash_loss=cal_flash_loss))
     monkeypatch.setitem(sys.modules, "cut_cross_entropy", SimpleNamespace(linear_cross_entropy=linear_cross_entropy))
     batch = loss_throughput.make_batch(8, 384, torch.device("cpu"), torch.float32, 0.05)
+    checked = ("inf-cl", "cut-cross-entropy", "memeff", "memeff-clip", "siglip-kernel")
     for rival in rivals.RIVALS:
-        if rival.name in ("inf-cl", "cut-cross-entropy"):
+        if rival.name in checked:
             loss_throughput.check(rival, rival.make(batch), batch)  # raises where it is wrong
     odd = loss_throughput.make_batch(8, 24, torch.device("cpu"), torch.float32, 0.05)
     with pytest.raises(rivals.Missing, match="multiples of 64"):
         rivals._inf_cl(odd)
+
+
+def test_another_loss_says_so_and_has_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is checked against itself in float64, and not against InfoNCE."""
+    sigmoid = rivals.Rival("other", rivals._sigmoid_loss, other_loss="sigmoid loss", exact=rivals._sigmoid_loss)
+    taken_for_it = rivals.Rival("alleged", rivals._eager, other_loss="sigmoid loss", exact=rivals._sigmoid_loss)
+    monkeypatch.setattr(loss_throughput, "RIVALS", [sigmoid, taken_for_it])
+    rows = loss_throughput.main([*SMALL, "--backends", "torch", "--rivals", "other", "alleged"])
+    of_name = {(row["batch"], row["name"]): row for row in rows}
+    for n in (8, 33):
+        row = of_name[n, "other: sigmoid loss"]
+        assert row["median"] > 0 and row["error"] < 1e-4 and row["ratio"] is None
+        assert of_name[n, "alleged: sigmoid loss"]["skipped"].startswith("wrong: relative error")
+    assert all(row["ratio"] for row in rows if "median" in row and "sigmoid" not in row["name"])
 
 
 def test_a_step_that_would_take_too_long_is_left_out() -> None:

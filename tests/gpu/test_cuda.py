@@ -83,9 +83,13 @@ def test_segment_pool(d: int, lengths: list[int], dtype: torch.dtype) -> None:
     first_on_the_cpu(2, (64, 64, 768, 10), (257, 300, 95, 63), (512, 512, 768, 10), (1024, 1024, 1024, 128)),
 )
 def test_hard_negatives(dtype: torch.dtype, n: int, m: int, d: int, k: int) -> None:
+    assert_hardest("cuda", dtype, n, m, d, k)
+
+
+def assert_hardest(backend: str, dtype: torch.dtype, n: int, m: int, d: int, k: int) -> None:
     generator = torch.Generator().manual_seed(n)
     query, key = (torch.randn(rows, d, generator=generator).to(dtype) for rows in (n, m))
-    similarity, index = HF.hard_negatives(query.to(DEVICE), key.to(DEVICE), k, backend="cuda")
+    similarity, index = HF.hard_negatives(query.to(DEVICE), key.to(DEVICE), k, backend=backend)
     exact, _ = reference.hard_negatives(query.double(), key.double(), k)
     every = reference.normalise(query.double()) @ reference.normalise(key.double()).T
     assert (similarity.cpu().double() - exact).abs().max() <= 2e-6
@@ -127,12 +131,16 @@ def mixed_logits(
     ids=str,
 )
 def test_mixed_negatives(dtype: torch.dtype, sizes: tuple[int, int, int, int]) -> None:
+    assert_mixed("cuda", dtype, sizes)
+
+
+def assert_mixed(backend: str, dtype: torch.dtype, sizes: tuple[int, int, int, int]) -> None:
     n, d, k, num_mixed = sizes
     generator = torch.Generator().manual_seed(n)
     query, key = (torch.randn(rows, d, generator=generator).to(dtype) for rows in (n, 2 * n))
     index, pairs = torch.randint(0, n, (n, k), generator=generator), HF.random_pairs(n, num_mixed, k, seed=0)
     on_device = (x.to(DEVICE) for x in (query, key, index, pairs))
-    got = mixed_logits(HF.mixed_negative_logits, *on_device, backend="cuda")
+    got = mixed_logits(HF.mixed_negative_logits, *on_device, backend=backend)
     exact = mixed_logits(reference.mixed_negative_logits, query.double(), key.double(), index, pairs)
     for g, e in zip(got, exact, strict=True):
         assert (g - e).norm() <= TOLERANCE[dtype] * e.norm()

@@ -16,13 +16,18 @@ pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from hicl_fast.kernels import info_nce, own_negatives, paradigm, products, rows, segment_pool  # noqa: E402
 from hicl_fast.kernels.tiles import (  # noqa: E402
-    DESCRIBED_TILES,
+    ALIGNED,
+    ANYWHERE,
     EXP,
     HEAVY_EXP,
     LISTED,
     NARROW,
+    PARADIGM,
+    PARADIGM_COLUMNS,
+    PRODUCT,
     RULED,
     STATISTICS,
+    Case,
     RowTile,
     Tile,
     row_tile,
@@ -144,6 +149,12 @@ FEATURES: dict[str, tuple[Any, dict[str, Any], str]] = {
         RULED,
     ),
 }
+
+
+def features_of(case: Case) -> list[str]:
+    return [name for name, (_, _, use) in FEATURES.items() if use == case.use]
+
+
 # Operand in the tile table -> its Triton type and how it is multiplied.
 PRODUCTS = {"16 bit": ("bf16", "ieee"), "tf32": ("fp32", "tf32"), "fp32": ("fp32", "ieee")}
 CONFIGURATIONS = [
@@ -207,20 +218,24 @@ def test_info_nce_kernels(arch: str, operand: str, table: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "operand", "name"),
-    [(a, o, n) for a, o, u in DESCRIBED_TILES if a in TARGETS for n in FEATURES if FEATURES[n][2] == u],
+    ("case", "name"),
+    [(case, name) for case in {**ALIGNED, **ANYWHERE} if case.arch in TARGETS for name in features_of(case)],
+    ids=str,
 )
-def test_info_nce_kernels_with_descriptors(arch: str, operand: str, name: str, table: list[str]) -> None:
-    kernel, features, use = FEATURES[name]
-    compiled = _compile_tiled(arch, operand, kernel, features, DESCRIBED_TILES[arch, operand, use])
-    _check(arch, operand, f"{name} *", resources_of(compiled), table)
-    assert "cp.async.bulk.tensor" in compiled.asm["ptx"] and "wgmma.mma_async" in compiled.asm["ptx"]
+def test_info_nce_kernels_under_tiles_of_their_own(case: Case, name: str, table: list[str]) -> None:
+    """Those that the table has for one use on one architecture."""
+    kernel, features, _ = FEATURES[name]
+    for entry in (entries[case] for entries in (ALIGNED, ANYWHERE) if case in entries):
+        compiled = _compile_tiled(case.arch, case.operand, kernel, features, entry.tile)
+        _check(case.arch, case.operand, f"{name} *", resources_of(compiled), table)
+        if entry.tile.described:
+            assert "cp.async.bulk.tensor" in compiled.asm["ptx"] and "wgmma.mma_async" in compiled.asm["ptx"]
 
 
 # Their operands are unit rows in float32. Of the weights, powers need the most; softmax is below.
 PARADIGM_KERNELS = {
-    "paradigm, statistics": (paradigm.statistics_kernel, {"HAS_COLUMNS": True, "HAS_LSE": True}, NARROW),
-    "paradigm, powers": (paradigm.weights_kernel, {"WEIGHT": paradigm.POWER.value}, STATISTICS),
+    "paradigm, statistics": (paradigm.statistics_kernel, {"HAS_COLUMNS": True, "HAS_LSE": True}, PARADIGM_COLUMNS),
+    "paradigm, powers": (paradigm.weights_kernel, {"WEIGHT": paradigm.POWER.value}, PARADIGM),
 }
 
 
@@ -235,7 +250,7 @@ def test_paradigm_kernels(arch: str, operand: str, table: list[str]) -> None:
 
 @pytest.mark.parametrize("arch", TARGETS)
 def test_product_kernel(arch: str, table: list[str]) -> None:
-    tile = similarity_tile(arch, "fp32", STATISTICS)
+    tile = similarity_tile(arch, "fp32", PRODUCT)
     blocks = {"BLOCK_ROWS": tile.rows, "BLOCK_COLS": tile.cols, "BLOCK_DEPTH": tile.depth}
     kernel = products.product_kernel
     for adds in (False, True):

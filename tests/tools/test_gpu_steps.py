@@ -10,11 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from tools import gpu_first, gpu_steps
+from tools import gpu_check, gpu_first, gpu_steps
 from tools.gpu_steps import Report, Result, Step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,6 +136,9 @@ def test_an_extension_that_was_brought_along(tmp_path: Path, monkeypatch: pytest
     file = tmp_path / "hicl_fast" / "_C.abi3.so"
     monkeypatch.setattr(gpu_steps, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_steps, "PYTHON", sys.executable)
+    monkeypatch.setattr(
+        gpu_steps, "has_extension", gpu_steps.has_extension.__wrapped__
+    )  # as if asked for the first time
     assert not gpu_steps.has_extension()
     file.write_bytes(b"of other sources")
     assert not gpu_steps.has_extension()
@@ -168,10 +172,11 @@ def test_rivals_come_out_of_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert isinstance(step, Step) and step.command[-1] == str(tmp_path / "rival-1-py3-none-any.whl")
 
 
-def test_one_run_of_all_gpu_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("tool", "path"), [(gpu_first, "tests/gpu/test_smoke.py"), (gpu_check, "tests/gpu")])
+def test_one_run_of_gpu_tests(tool: ModuleType, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_steps, "has_extension", lambda: False)
-    (step,) = [step for step in gpu_first.steps(ROOT) if isinstance(step, Step) and step.name == "tests"]
-    assert "tests/gpu" in step.command and "--collect-only" not in step.command
+    (step,) = [step for step in tool.steps(ROOT) if isinstance(step, Step) and step.name == "tests"]
+    assert path in step.command and (ROOT / path).exists() and "--collect-only" not in step.command
 
 
 def test_what_has_no_time_to_start_is_not_started() -> None:

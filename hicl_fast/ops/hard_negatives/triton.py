@@ -39,10 +39,11 @@ def forward(
             query_group=None if query_group is None else query_group[:, None],
             group=None if key_group is None else key_group[:, None],
         ).contiguous()
-        return _unpacked(hardest(queries, keys, columns, k, precision))
+        return unpacked(hardest(queries, keys, columns, k, precision))
 
 
-def _unpacked(keys: Tensor) -> tuple[Tensor, Tensor]:  # (N, k) int64 -> (N, k) float32, (N, k) int64
+def unpacked(keys: Tensor) -> tuple[Tensor, Tensor]:  # (N, k) int64 -> (N, k) float32, (N, k) int64
+    """Similarities and columns of keys; −∞ and −1 where there is none."""
     rising = (keys >> 32).to(torch.int32)
     similarity = torch.where(rising >= 0, rising, rising ^ _LARGEST).view(torch.float32)
     index = _LARGEST - (keys & _LOW)

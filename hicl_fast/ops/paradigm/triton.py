@@ -17,7 +17,7 @@ from torch import Tensor
 from hicl_fast.kernels import paradigm as kernels
 from hicl_fast.kernels.cosine_tile import tile_for
 from hicl_fast.kernels.paradigm import Largest
-from hicl_fast.kernels.tiles import NARROW, STATISTICS, Tile
+from hicl_fast.kernels.tiles import PARADIGM, PARADIGM_COLUMNS, Tile
 from hicl_fast.ops.common.constants import POWER_FLOOR
 from hicl_fast.ops.common.triton import on_device, tensor_precision
 from hicl_fast.ops.common.unit_rows import UnitRows
@@ -56,7 +56,7 @@ def statistics(x: Tensor, y: Tensor, temperature: float | None, columns: bool) -
     lse = x.new_empty(0 if temperature is None else n)
     column_hardest = x.new_full((n if columns else 0,), -torch.inf)
     column_index = torch.zeros_like(column_hardest, dtype=torch.int64)
-    with _running(x, y, narrow=columns) as sweep:
+    with _running(x, y, columns=columns) as sweep:
         kept = 16 * sweep.num_column_tiles + (8 * n // sweep.tile.rows if columns else 0)  # bytes a row
         for rows in sweep.chunks(kept):
             by_row, by_column, partials = sweep.statistics_of(rows, temperature, columns)
@@ -77,7 +77,7 @@ def combine(x: Tensor, y: Tensor, t: Tensor, weight: str, parameter: float) -> C
     out, hardest, log_total = torch.empty_like(t), x.new_empty(n), x.new_empty(n)
     nearest = torch.empty(n, dtype=torch.int64, device=x.device)
     log_factor = _log_factor(x, y, weight, parameter)
-    with _running(x, y, narrow=False) as sweep:
+    with _running(x, y, columns=False) as sweep:
         width = -(-n // _ALIGNMENT) * _ALIGNMENT
         chunks = sweep.chunks(width * x.element_size())
         buffer = x.new_empty(chunks[0].stop, width)
@@ -111,15 +111,15 @@ def _first_largest(value: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:  # (T
 
 
 @contextlib.contextmanager
-def _running(x: Tensor, y: Tensor, *, narrow: bool) -> Iterator[_Sweep]:
+def _running(x: Tensor, y: Tensor, *, columns: bool) -> Iterator[Sweep]:
     precision = tensor_precision(x)
     with on_device(x):
-        tile = tile_for([x, y], precision, NARROW if narrow else STATISTICS)
-        yield _Sweep(x, y, tile, precision)
+        tile = tile_for([x, y], precision, PARADIGM_COLUMNS if columns else PARADIGM)
+        yield Sweep(x, y, tile, precision)
 
 
 @dataclass(frozen=True)
-class _Sweep:
+class Sweep:
     """Unit rows against unit rows, in chunks."""
 
     x: Tensor  # (N, D)
