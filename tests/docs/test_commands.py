@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import random
 import runpy
 import shutil
@@ -155,6 +156,17 @@ def same_bits(shown: Shown, folder: Path) -> None:
         assert same_bits.main([*shown.arguments, "--backend", "torch"]) == 0
 
 
+def apply_tiles(shown: Shown, folder: Path) -> None:
+    """From a file without a time, onto a copy of the table, which stays as it is."""
+    pytest.importorskip("triton")
+    from tools import apply_tiles
+
+    (folder / "tiles.json").write_text(json.dumps({"machine": {"device": "a card", "date": "a day"}, "rows": []}))
+    table = Path(shutil.copy(apply_tiles.TABLE, folder))
+    apply_tiles.main([*shown.arguments, "--table", str(table)])
+    assert table.read_text() == apply_tiles.TABLE.read_text()
+
+
 def of_others(shown: Shown, folder: Path) -> None:
     """SimCSE's own program, which is not here."""
 
@@ -171,6 +183,7 @@ SHORT: dict[str, Short] = {
     "python benchmarks/rules.py": program(SMALL, "--batch-sizes 12"),
     "python benchmarks/paradigm.py": program(SMALL, "--batch-sizes 12 --objectives mpt mhe"),
     "python benchmarks/training_table.py": training_table,
+    "python -m tools.apply_tiles": apply_tiles,
     "python -m tools.breaks": breaks,
     "python -m tools.same_bits": same_bits,
     "python train.py": of_others,
