@@ -4,7 +4,7 @@ Compiles with the pinned nvcc of requirements/cuda.txt, or with CUDA_HOME's wher
 those that PyTorch's own wheels are for, and checks the result: its tag and what it needs (auditwheel), the GPUs that it has
 code for (cuobjdump), its metadata (twine). HICL_FAST_CUDA=0 builds for CPUs only; nothing else does.
 
-Exit status: 0 where dist/ has the wheel, 1 where not.
+Exit status: 0 where dist/ has the new wheel, 1 where it has none or an earlier one still.
 """
 
 from __future__ import annotations
